@@ -1,0 +1,149 @@
+"""What every command shares: `--key=value`, one-line errors, files that are whole or absent.
+
+A command is a dataclass (its keys, their defaults, and a comment behind each: that is what --help prints)
+and a `main(**given)` that takes the keys somebody gave. So a notebook calls `train.main(run="sft", model=M)`
+and a shell calls `python train.py --run=sft --model=M`: the same thing.
+
+Standard library only, because select.py imports it. Next: data.py.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """The user gave something that cannot work. The message is one line: what, where, and what to do."""
+
+
+def parse(cls, argv=None):
+    """`--key=value` words -> {key: typed value}, only the keys that were given.
+
+    The type of a key is the annotation of its field in the dataclass `cls` (str, int, float, bool as true/false).
+    Raises InputError for an unknown key (naming the nearest one) or a value of another type; --help prints and exits.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    given = {}
+    for word in sys.argv[1:] if argv is None else argv:
+        if word in ("--help", "-h"):
+            print(help_text(cls))
+            raise SystemExit(0)
+        match = re.fullmatch(r"--([A-Za-z_]\w*)=(.*)", word, re.DOTALL)
+        if not match:
+            raise InputError(f"cannot read {word!r}: every argument is --key=value (--help lists the keys)")
+        key, text = match.groups()
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            raise InputError(f"unknown key --{key}{hint} (--help lists the keys)")
+        given[key] = _typed(key, text, fields[key].type)
+    return given
+
+
+def _typed(key, text, kind):
+    kind = kind if isinstance(kind, str) else kind.__name__
+    try:
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        return {"str": str, "int": int, "float": float}[kind](text)
+    except (KeyError, ValueError):
+        what = "true or false" if kind == "bool" else f"of type {kind}"
+        raise InputError(f"--{key}={text}: the value must be {what}") from None
+
+
+def help_text(cls):
+    """The docstring of the command's file and one line a key, read from the dataclass's own source."""
+    lines = []
+    for line in inspect.getsource(cls).splitlines():
+        match = re.match(r"    (\w+): \w+ = (.*?)(?:\s+# (.*))?$", line)
+        if match:
+            lines.append(f"  --{match[1]}={match[2]:<{max(1, 26 - len(match[1]))}} {match[3] or ''}".rstrip())
+        elif line.strip().startswith("# "):
+            lines.append(f"\n{line.strip()[2:]}")
+    doc = inspect.getdoc(sys.modules[cls.__module__]) or ""
+    return f"{doc}\n\nKeys and defaults:\n" + "\n".join(lines)
+
+
+def command(main, cls):
+    """Run `main(**given)` for a shell: an InputError or a failing file becomes one line and exit code 1."""
+    try:
+        main(**parse(cls))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@contextmanager
+def whole_file(path):
+    """Yields a path beside `path` to write to; renamed to `path` only when the block ends well."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())  # the data must reach the disk before the name does
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path):
+    """The same for a folder. What stood at `path` before is replaced, and only once the new one is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.rename(path, old)
+            os.rename(aside, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_json(path):
+    """A JSON file as an object. Raises InputError with the file's name if it is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def write_json(path, value):
+    """`value` as indented JSON, whole or not at all."""
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_select():
+    """Our select.py as a module called `t3s_select`.
+
+    Never `import select`: that name is the standard library's, and which of the two files wins depends on how the
+    interpreter was built. select.py's first lines tell the whole story.
+    """
+    if "t3s_select" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("t3s_select", Path(__file__).with_name("select.py"))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["t3s_select"] = module  # before exec: dataclasses look their module up
+        spec.loader.exec_module(module)
+    return sys.modules["t3s_select"]
