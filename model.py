@@ -17,14 +17,17 @@ V vocabulary, E experts, N rows of a flattened batch. Next: train.py.
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from config import InputError, read_json, whole_folder, write_json
 
@@ -449,7 +452,8 @@ class LinearNLL(torch.autograd.Function):
                 grad_weight = (grad.T @ hidden[rows]).float()  # summed in float32 over the chunks
             else:
                 grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 class Body(nn.Module):
@@ -516,7 +520,7 @@ class Transformer(nn.Module):
         scored = (targets != -100).flatten().nonzero().squeeze(1)  # (N,)
         chunk = max(1, 2**26 // self.config.vocab_size)  # 64 M logits: 256 MiB in float32
         nll = LinearNLL.apply(x.flatten(0, 1)[scored], head, targets.flatten()[scored], chunk)
-        return torch.zeros(B * T, device=x.device).index_put((scored,), nll).view(B, T)
+        return torch.zeros(B, T, device=x.device).masked_scatter(targets != -100, nll)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,22 +550,21 @@ LLADA2_NAMES = {
 def disk_pieces(config, name):
     """Where our parameter `name` lies on disk: a list of (tensor on disk, its rows, index into our parameter).
 
-    Most are one whole tensor of the same name. LLaDA2 keeps q, k, v as the rows of one tensor; experts, which we
-    stack, are a tensor each. Both directions, `load` and `save`, go through this one function.
+    Most are one whole tensor of the same name: rows and index None. LLaDA2 keeps q, k, v as the rows of one tensor;
+    experts, which we stack, are a tensor each. Both directions, `load` and `save`, go through this one function.
     """
-    everything = slice(None)
     if ".mlp.experts." in name:
         prefix, matrix = name.split(".experts.")
-        return [(f"{prefix}.experts.{e}.{matrix}.weight", everything, e) for e in range(config.num_experts)]
+        return [(f"{prefix}.experts.{e}.{matrix}.weight", None, e) for e in range(config.num_experts)]
     if config.model_type == "llada2_moe" and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
         prefix, rest = name.split(".self_attn.")
         q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         rows = {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}[rest[0]]
-        return [(f"{prefix}.attention.query_key_value.{rest.split('.')[1]}", rows, everything)]
+        return [(f"{prefix}.attention.query_key_value.{rest.split('.')[1]}", rows, None)]
     names = {"llada": LLADA_NAMES, "llada2_moe": LLADA2_NAMES}.get(config.model_type, {})
     for ours, theirs in names.items():
         name = name.replace(ours, theirs)
-    return [(name, everything, everything)]
+    return [(name, None, None)]
 
 
 def local_folder(path_or_repo_id):
@@ -588,7 +591,7 @@ def weight_files(folder):
     if not index.exists():
         single = folder / "model.safetensors"
         if not single.exists():
-            raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json (pickles are not read)")
+            raise InputError(f"{folder}: no model.safetensors and no index of shards (pickles are not read)")
         with open_weights(single) as file:
             return dict.fromkeys(file.keys(), single)
     found = read_json(index).get("weight_map")
@@ -611,9 +614,19 @@ def open_weights(path):
         raise InputError(f"{path}: not a complete safetensors file ({error}); download or write it again") from None
 
 
+def local_rows(parameter):
+    """The part of a parameter that this process holds, and its first and last row: all of it unless FSDP cut it."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0, len(parameter)
+    local, mesh = parameter.to_local(), parameter.device_mesh
+    first = min(mesh.get_local_rank() * -(-len(parameter) // mesh.size()), len(parameter))  # FSDP2 cuts like chunk()
+    return local, first, first + len(local)
+
+
 @torch.no_grad()
 def load_weights(model, folder):
     """Fill `model` from the folder's safetensors, one tensor in memory at a time, cast to the parameters' dtype.
+    A sharded model reads its own rows only.
 
     Raises InputError for a missing tensor, a wrong shape, or one the model has no place for (except the lm_head
     that some tied checkpoints store all the same, and RoPE tables of old ones).
@@ -621,6 +634,7 @@ def load_weights(model, folder):
     config, files = model.config, weight_files(folder)
     handles, used = {}, set()
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        local, first, last = local_rows(parameter)
         for disk_name, rows, index in disk_pieces(config, name):
             if disk_name not in files:
                 raise InputError(f"{folder}: the tensor {disk_name} is missing ({config.model_type} needs it)")
@@ -631,23 +645,27 @@ def load_weights(model, folder):
                 stored = handles[path].get_slice(disk_name)
             except SafetensorError as error:
                 raise InputError(f"{path}: the tensor {disk_name} is not in it ({error})") from None
-            shape, target = stored.get_shape(), parameter[index]
             used.add(disk_name)
-            expected = list(target.shape)
-            if rows.stop is not None:  # a part of a fused tensor
+            expected = list(parameter.shape if index is None else parameter.shape[1:])
+            if rows is not None:  # a part of a fused tensor
                 expected[0] = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-            if shape != expected:
-                raise InputError(f"{path}: {disk_name} has shape {shape}, config.json asks for {expected}")
-            target.copy_(stored[rows])
+            if stored.get_shape() != expected:
+                raise InputError(f"{path}: {disk_name} has shape {stored.get_shape()}, config.json asks for {expected}")
+            if index is None and last > first:
+                offset = rows.start if rows else 0
+                local.copy_(stored[offset + first : offset + last])
+            elif index is not None and first <= index < last:
+                local[index - first].copy_(stored[:])
     known = ("rotary_emb.inv_freq", *(("lm_head.weight", "ff_out.weight") if config.tie_word_embeddings else ()))
     extra = sorted(name for name in files if name not in used and not name.endswith(known))
     if extra:
-        raise InputError(f"{folder}: no place in a {config.model_type} model for {extra[0]} ({len(extra)} such tensors)")
+        raise InputError(f"{folder}: a {config.model_type} model has no place for {extra[0]} ({len(extra)} such tensors)")
 
 
-def load(path_or_repo_id, device="cpu", dtype=torch.float32):
+def load(path_or_repo_id, device="cpu", dtype=torch.float32, shard=None):
     """A checkpoint of any family in FAMILIES -> Transformer in eval mode, parameters of `dtype` on `device`.
 
+    shard: called with the model while it has no memory yet, to cut it over processes (train.py's FSDP).
     Raises InputError: no such folder or repository, unknown model_type, a missing, truncated or misshapen tensor.
     """
     folder = local_folder(path_or_repo_id)
@@ -657,6 +675,8 @@ def load(path_or_repo_id, device="cpu", dtype=torch.float32):
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.to(dtype)))  # parameters only: the router's bias stays float32
+    if shard is not None:
+        shard(model)
     model = model.to_empty(device=device)
     load_weights(model, folder)
     return model.eval()
@@ -672,34 +692,50 @@ def save(model, tokenizer_or_source_folder, out_folder, max_shard_bytes=5 * 10**
 
     The dtype is the parameters'. Training keeps float32, and so do its checkpoints: at a learning rate of 1e-5 most
     updates are smaller than bfloat16's spacing, and differences of checkpoints (RRT) would be rounding noise.
+    A sharded model is gathered one parameter at a time: then every process must call this, and process 0 writes.
     """
     config, source = model.config, Path(getattr(tokenizer_or_source_folder, "folder", tokenizer_or_source_folder))
-    pieces = {}  # tensor on disk -> [(first row, tensor)]
-    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        for disk_name, rows, index in disk_pieces(config, name):
-            pieces.setdefault(disk_name, []).append((rows.start or 0, parameter.detach()[index]))
-    shards, size = [{}], 0
-    for disk_name, parts in pieces.items():
-        tensor = torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])]) if len(parts) > 1 else parts[0][1]
-        if size and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
+    writes = not (dist.is_initialized() and dist.get_rank())
+    stored = [*model.named_parameters(), *model.named_buffers()]
+    plan = {}  # tensor on disk -> how many of our parameters it is made of, and its bytes
+    for name, parameter in stored:
+        pieces = disk_pieces(config, name)
+        for disk_name, _, _ in pieces:
+            count, size = plan.get(disk_name, (0, 0))
+            plan[disk_name] = count + 1, size + parameter.nbytes // len(pieces)
+    shards, size = [[]], 0
+    for disk_name, (_, more) in plan.items():
+        if size and size + more > max_shard_bytes:
+            shards.append([])
             size = 0
-        size += tensor.nbytes
-        shards[-1][disk_name] = tensor
-    with whole_folder(out_folder) as out:
-        weight_map = {}
-        for i, shard in enumerate(shards):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            save_file({n: t.cpu().contiguous() for n, t in shard.items()}, out / file, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(shard, file))
-        if len(shards) > 1:
-            total = sum(t.nbytes for shard in shards for t in shard.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(out / "model.safetensors.index.json", index)
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        raw = {k: v for k, v in config.raw.items() if k not in ("torch_dtype", "dtype")}
-        write_json(out / "config.json", {**raw, "dtype" if "rope_parameters" in raw else "torch_dtype": dtype})
-        for pattern in TOKENIZER_FILES:
-            for path in source.glob(pattern):
-                if path.is_file():
-                    shutil.copyfile(path, out / path.name)
+        size += more
+        shards[-1].append(disk_name)
+    files = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]  # fmt: skip
+    file_of = {disk_name: file for file, names in zip(files, shards, strict=True) for disk_name in names}
+
+    with whole_folder(out_folder) if writes else nullcontext() as out:
+        parts, ready = {}, {file: {} for file in files}
+        for name, parameter in stored:
+            tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            for disk_name, _, index in disk_pieces(config, name) if writes else []:
+                parts.setdefault(disk_name, []).append((tensor if index is None else tensor[index]).cpu())
+                if len(parts[disk_name]) < plan[disk_name][0]:
+                    continue
+                file, pieces = file_of[disk_name], parts.pop(disk_name)  # q, k, v come in the order of their rows
+                ready[file][disk_name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
+                if len(ready[file]) == len(shards[files.index(file)]):
+                    save_file(ready.pop(file), out / file, metadata={"format": "pt"})
+        if writes:
+            if len(files) > 1:
+                index = {"metadata": {"total_size": sum(size for _, size in plan.values())}, "weight_map": file_of}
+                write_json(out / "model.safetensors.index.json", index)
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            raw = {k: v for k, v in config.raw.items() if k not in ("torch_dtype", "dtype")}
+            write_json(out / "config.json", {**raw, "dtype" if "rope_parameters" in raw else "torch_dtype": dtype})
+            for pattern in TOKENIZER_FILES:
+                for path in source.glob(pattern):
+                    if path.is_file():
+                        shutil.copyfile(path, out / path.name)
+    if dist.is_initialized():
+        dist.barrier()
