@@ -80,6 +80,7 @@ class Config:
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "llada", "llada2_moe")
+ROPE_KEYS = {"llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}  # each scaling's own
 
 
 def read_config(folder):
@@ -93,6 +94,8 @@ def read_config(folder):
         config = _read_llada(raw) if family == "llada" else _read_llama_like(raw, family)
     except KeyError as missing:
         raise InputError(f"{path}: the key {missing} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: a value of the wrong type ({error})") from None
     config.raw = raw
     generation = Path(folder) / "generation_config.json"  # chat models list more ends there than in config.json
     more = read_json(generation).get("eos_token_id") if generation.exists() else None
@@ -103,9 +106,13 @@ def read_config(folder):
     # hub files of Qwen2.5 carry a sliding_window with use_sliding_window false: the window is then not in use
     if raw.get("use_sliding_window") and raw.get("sliding_window"):
         raise InputError(f"{path}: use_sliding_window is not supported")
-    rope_type = (config.rope_scaling or {}).get("rope_type", "default")
-    if rope_type not in ("default", "llama3", "yarn"):
-        raise InputError(f"{path}: rope scaling {rope_type!r} is not supported (supported: default, llama3, yarn)")
+    if config.rope_scaling is not None:
+        rope_type = config.rope_scaling["rope_type"]
+        if rope_type not in ROPE_KEYS:
+            raise InputError(f"{path}: rope scaling {rope_type!r} is not supported (supported: {', '.join(ROPE_KEYS)})")
+        for key in ROPE_KEYS[rope_type]:
+            if config.rope_scaling.get(key) is None:
+                raise InputError(f"{path}: rope scaling {rope_type!r} needs the key {key!r}")
     return config
 
 
@@ -127,7 +134,7 @@ def _read_llama_like(raw, family):
         num_hidden_layers=raw["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or (128 if family.startswith("qwen3") else raw["hidden_size"] // heads),
+        head_dim=raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads),
         rms_norm_eps=raw["rms_norm_eps"],
         rope_theta=float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0),
         rope_scaling=None if rope["rope_type"] == "default" else rope,
@@ -364,7 +371,7 @@ def grouped_linear(x, weight, ends):
     """Rows x (N, C) sorted by expert, weight (E, F, C), ends (E,) int32: where each expert's rows end -> (N, F)."""
     if hasattr(F, "grouped_mm"):  # torch >= 2.10
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    return torch.cat([rows @ w.T for rows, w in zip(x.tensor_split(ends[:-1].cpu()), weight, strict=True)])
+    return torch.cat([rows @ w.T for rows, w in zip(x.tensor_split(ends[:-1].long().cpu()), weight, strict=True)])
 
 
 class Experts(nn.Module):
@@ -495,15 +502,16 @@ class Transformer(nn.Module):
         """
         B, T = ids.shape
         attention = self.config.attention if attention is None else attention
+        if positions is None:
+            positions = torch.arange(T, device=ids.device)[None]
+        keys = positions
+        if cache is not None:
+            positions = positions.expand(B, T)
+            cache.positions, cache.end = positions, int(positions.max()) + 1
+            keys = torch.arange(cache.end, device=ids.device)[None]
         mask, causal = attention, False
         if isinstance(attention, str):
             causal = attention == "causal" and cache is None  # the index order is the order of positions
-            if positions is None:
-                positions = torch.arange(T, device=ids.device)[None]
-            if cache is not None:
-                positions = positions.expand(B, T)
-                cache.positions, cache.end = positions, int(positions.max()) + 1
-            keys = positions if cache is None else torch.arange(cache.end, device=ids.device)[None]
             mask = None if causal else attention_mask(attention, positions, keys, self.config.block_length)
         x = self.model.embed_tokens(ids)  # (B, T, C)
         freq, scale = rope_frequencies(self.config, ids.device)
@@ -645,6 +653,8 @@ def load_weights(model, folder):
                 stored = handles[path].get_slice(disk_name)
             except SafetensorError as error:
                 raise InputError(f"{path}: the tensor {disk_name} is not in it ({error})") from None
+            if stored.get_dtype() not in ("F64", "F32", "BF16", "F16"):
+                raise InputError(f"{path}: {disk_name} is {stored.get_dtype()}; only float weights are read")
             used.add(disk_name)
             expected = list(parameter.shape if index is None else parameter.shape[1:])
             if rows is not None:  # a part of a fused tensor
@@ -659,7 +669,7 @@ def load_weights(model, folder):
     known = ("rotary_emb.inv_freq", *(("lm_head.weight", "ff_out.weight") if config.tie_word_embeddings else ()))
     extra = sorted(name for name in files if name not in used and not name.endswith(known))
     if extra:
-        raise InputError(f"{folder}: a {config.model_type} model has no place for {extra[0]} ({len(extra)} such tensors)")
+        raise InputError(f"{folder}: a {config.model_type} model has no place for {extra[0]} ({len(extra)} such)")
 
 
 def load(path_or_repo_id, device="cpu", dtype=torch.float32, shard=None):
@@ -694,7 +704,8 @@ def save(model, tokenizer_or_source_folder, out_folder, max_shard_bytes=5 * 10**
     updates are smaller than bfloat16's spacing, and differences of checkpoints (RRT) would be rounding noise.
     A sharded model is gathered one parameter at a time: then every process must call this, and process 0 writes.
     """
-    config, source = model.config, Path(getattr(tokenizer_or_source_folder, "folder", tokenizer_or_source_folder))
+    source = local_folder(getattr(tokenizer_or_source_folder, "folder", tokenizer_or_source_folder))
+    config = model.config
     writes = not (dist.is_initialized() and dist.get_rank())
     stored = [*model.named_parameters(), *model.named_buffers()]
     plan = {}  # tensor on disk -> how many of our parameters it is made of, and its bytes
