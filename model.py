@@ -96,6 +96,10 @@ def read_config(folder):
         raise InputError(f"{path}: the key {missing} is missing") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: a value of the wrong type ({error})") from None
+    for key, kind in Config.__annotations__.items():
+        value = getattr(config, key)
+        if kind in (int, float) and not isinstance(value, (int, float)):
+            raise InputError(f"{path}: {key} is {value!r}: a value of the wrong type")
     config.raw = raw
     generation = Path(folder) / "generation_config.json"  # chat models list more ends there than in config.json
     more = read_json(generation).get("eos_token_id") if generation.exists() else None
@@ -369,7 +373,8 @@ class Router(nn.Module):
 
 def grouped_linear(x, weight, ends):
     """Rows x (N, C) sorted by expert, weight (E, F, C), ends (E,) int32: where each expert's rows end -> (N, F)."""
-    if hasattr(F, "grouped_mm"):  # torch >= 2.10
+    compilable = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()  # torch.compile knows no other dtype
+    if hasattr(F, "grouped_mm") and compilable:  # torch >= 2.10
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     return torch.cat([rows @ w.T for rows, w in zip(x.tensor_split(ends[:-1].long().cpu()), weight, strict=True)])
 
@@ -401,8 +406,9 @@ class MoE(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2)  # (N, C)
         weights, experts = self.gate(rows)  # (N, k) each
-        order = experts.flatten().argsort(stable=True)  # row-expert pairs, sorted by expert
-        ends = torch.bincount(experts.flatten(), minlength=len(self.experts.gate_proj)).cumsum(0).int()
+        numbers, order = experts.flatten().sort(stable=True)  # row-expert pairs, sorted by expert
+        all_experts = torch.arange(len(self.experts.gate_proj), device=x.device)
+        ends = torch.searchsorted(numbers, all_experts, right=True, out_int32=True)
         source = order // experts.shape[1]
         out = self.experts(rows[source], ends) * weights.flatten()[order, None].to(x.dtype)
         out = torch.zeros_like(rows).index_add(0, source, out).view_as(x)
