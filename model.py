@@ -110,6 +110,11 @@ def read_config(folder):
     # hub files of Qwen2.5 carry a sliding_window with use_sliding_window false: the window is then not in use
     if raw.get("use_sliding_window") and raw.get("sliding_window"):
         raise InputError(f"{path}: use_sliding_window is not supported")
+    for key in ("alibi", "attention_layer_norm", "clip_qkv", "input_emb_norm", "scale_logits"):
+        if raw.get(key):  # LLaDA's code has these options, its checkpoints do not use them
+            raise InputError(f"{path}: {key} is not supported")
+    if config.mask_token_id is not None and not 0 <= config.mask_token_id < config.vocab_size:
+        raise InputError(f"{path}: mask_token_id {config.mask_token_id} is not one of {config.vocab_size} ids")
     if config.rope_scaling is not None:
         rope_type = config.rope_scaling["rope_type"]
         if rope_type not in ROPE_KEYS:
