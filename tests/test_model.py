@@ -29,7 +29,7 @@ SHAPE = dict(
 )  # fmt: skip
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)  # fmt: skip
-YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=512)
 MOE = dict(head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24)
 
 # Every family and every branch of its arithmetic: name -> (model_type, what differs from SHAPE).
@@ -37,13 +37,14 @@ MOE = dict(head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_s
 TWINS = {
     "qwen3": ("qwen3", dict(head_dim=16, rms_norm_eps=1e-2)),  # 4 heads of 16 = 64, not hidden_size
     "qwen3-tied": ("qwen3", dict(head_dim=16, tie_word_embeddings=True)),
-    "qwen2": ("qwen2", dict(rms_norm_eps=1e-5)),
+    "qwen2": ("qwen2", dict(rms_norm_eps=1e-5, attention_bias=True)),  # o_proj has none all the same
     "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True)),
     "llama": ("llama", dict(rms_norm_eps=1e-3)),
     "llama-biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
     "llama3": ("llama", dict(head_dim=16, rope_parameters=LLAMA3)),
     "yarn": ("qwen3", dict(head_dim=16, rope_parameters=YARN)),
     "yarn-smooth": ("qwen2", dict(rope_parameters=YARN | dict(truncate=False, beta_fast=8, beta_slow=2))),
+    "yarn-short": ("llama", dict(rope_parameters=YARN | dict(original_max_position_embeddings=16))),
     "yarn-factor": ("llama", dict(rope_parameters=YARN | dict(attention_factor=1.7))),
     "yarn-mscale": ("llama", dict(rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.3))),
     "smollm2": ("llama", dict(hidden_size=72, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)),
