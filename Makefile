@@ -1,0 +1,28 @@
+# `make demo` and `make test` do all their own set-up: a virtual environment in .venv, pinned requirements.
+# PYTHON=python3.12 make demo picks another interpreter.
+PYTHON ?= python3
+
+demo: .venv/ready
+	.venv/bin/python demo.py
+
+test: .venv/ready-dev
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest -q
+
+bench: .venv/ready-dev
+	.venv/bin/python bench.py
+
+# torch first and pinned: asked for by another package, pip may take a CUDA build of several GB instead
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	.venv/bin/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs data
+
+.PHONY: demo test bench clean
