@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -192,13 +192,13 @@ def write(model, prompts, u, choose, eos_ids):
     Prompts are padded on the right and each row has its own positions. What padding left in the cache lies at later
     positions than a row has reached, and is overwritten before the row gets there.
     """
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     ids = torch.zeros(len(prompts), lengths.max(), dtype=torch.int64)  # (B, T)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     positions, u = lengths[:, None].to(device), torch.from_numpy(u).to(device)
-    cache = Cache(model.config, len(prompts), ids.shape[1] + u.shape[1], device, dtype)
+    cache = Cache(model.config, len(prompts), ids.shape[1] + u.shape[1])
     logits = model(ids.to(device), cache=cache, rows=positions[:, 0] - 1)  # (B, 1, V): of the last token of each prompt
 
     answers = [[] for _ in prompts]
@@ -223,7 +223,7 @@ def write(model, prompts, u, choose, eos_ids):
 
 
 def next_token(logits, u, temperature, top_p, top_k):
-    """logits (B, V), uniforms u (B,) -> ids (B,): inverse CDF over the ids in their order; temperature 0: the likeliest.
+    """logits (B, V), uniforms u (B,) -> ids (B,): inverse CDF over ids in their order; temperature 0: the likeliest.
 
     As in transformers: temperature, then top_k, then top_p of what is left (with the id that crosses it).
     """
@@ -269,7 +269,8 @@ def evaluate(model, tokenizer, data, indices=None, samples=1, progress=None, **s
     texts = sample(
         model, [data.prompt(i).tolist() for i, _ in asked], progress=progress,
         example_ids=[f"{data.examples[i]['id']} {s}" for i, s in asked],
-        eos_ids={*model.config.eos_token_ids, tokenizer.eos_token_id}, vocab_size=tokenizer.vocab_size, **sampling,
+        eos_ids={*model.config.eos_token_ids, tokenizer.eos_token_id, tokenizer.end_of_turn_id},
+        vocab_size=tokenizer.vocab_size, **sampling,
     )  # fmt: skip
     rows, verifier = [], data.meta["verifier"]
     for (i, s), ids in zip(asked, texts, strict=True):
@@ -305,7 +306,7 @@ def mean_interval(values):
 
 
 def pass_at_k(n, correct, k):
-    """Probability that one of k answers is right, unbiased, from `correct` right ones among n >= k (arXiv 2107.03374)."""
+    """Unbiased probability that one of k answers is right, given `correct` right of n >= k (arXiv 2107.03374)."""
     return 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))
 
 
@@ -342,7 +343,7 @@ def main(**given):
         device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = load_tokenizer(folder)
         if tokenizer.hash != problems.meta["tokenizer_hash"]:
-            raise InputError(f"{cfg.data}: made with another tokenizer than that of {folder}; run data.py with its folder")
+            raise InputError(f"{cfg.data}: made with another tokenizer than {folder} has; run data.py with that folder")
         student, started = load(folder, device, getattr(torch, cfg.dtype)), time.time()
         _, rows = evaluate(student, tokenizer, problems, indices, progress=status(name, len(indices) * cfg.samples),
                            batch_size=cfg.batch_size, **settings)  # fmt: skip

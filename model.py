@@ -288,14 +288,17 @@ class Cache:
     right-padded prompts need no mask: what padding wrote at later positions is overwritten before anything sees it.
     """
 
-    def __init__(self, config, batch, length, device="cpu", dtype=torch.float32):
-        shape = (batch, config.num_key_value_heads, length, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+    def __init__(self, config, batch, length):
+        self.batch, self.length = batch, length
+        self.k = [None] * config.num_hidden_layers  # made by the first keys: their dtype and device may be autocast's
+        self.v = [None] * config.num_hidden_layers
         self.positions, self.end = None, 0  # of the forward pass under way; set by Transformer.forward
 
     def update(self, layer, k, v):
         """Write k, v (B, K, T, D) at self.positions; -> all keys and values up to self.end, (B, K, S, D)."""
+        if self.k[layer] is None:
+            shape = (self.batch, k.shape[1], self.length, k.shape[3])
+            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
         index = self.positions[:, None, :, None].expand_as(k)
         self.k[layer].scatter_(2, index, k)
         self.v[layer].scatter_(2, index, v)
@@ -490,12 +493,12 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:  # tied: no second module, hence nothing that sharding could tear apart
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def init_weights(self, seed):
+    def init_weights(self, seed, std=0.02):
         """Matrices from N(0, 0.02), norms 1, biases 0: a pure function of `seed`. Returns self."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
+                nn.init.normal_(parameter, std=std, generator=generator)
             else:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
         return self

@@ -111,7 +111,7 @@ def tau_of_share(delta, share, kind):
 
 
 def recover_residual(base, bottleneck, final, out):
-    """RRT, Recovering Residual Transfer: theta_0 + (theta_f - theta_b), i.e. every update but those before the bottleneck.
+    """RRT, Recovering Residual Transfer: theta_0 + (theta_f - theta_b), the updates after the bottleneck only.
 
     Four Hugging Face folders, the last one written. In float32, one shard of `final` in memory at a time.
     """
@@ -182,7 +182,7 @@ def load_mask(folder, data, kind="keep"):
         raise InputError(f"{folder / 'mask.npy'}: cannot be read ({error}); run select.py again") from None
     response = data.response_mask()
     if mask.dtype != bool or mask.shape != response.shape or (mask & ~response).any():
-        raise InputError(f"{folder / 'mask.npy'}: not a mask of the response tokens of {data.folder}; run select.py again")
+        raise InputError(f"{folder}: mask.npy is no mask of the response tokens of {data.folder}; run select.py again")
     if not mask.any():
         raise InputError(f"{folder}: the selection is empty, there is nothing to train on")
     return mask
@@ -193,7 +193,7 @@ def load_mask(folder, data, kind="keep"):
 
 
 def bootstrap_bottleneck(correct, draws=1000):
-    """How sure is the argmin? correct {step: (examples,)} -> {step: share of resamples of the examples it is lowest in}."""
+    """How sure is the argmin? {step: correct (examples,)} -> {step: share of resamplings in which it is lowest}."""
     steps = sorted(correct)
     table = np.stack([correct[s] for s in steps])  # (steps, examples)
     rng = np.random.default_rng(0)
@@ -203,7 +203,7 @@ def bootstrap_bottleneck(correct, draws=1000):
 
 
 def token_table(ids, delta, chosen, top=15):
-    """The most frequent of the chosen tokens -> [(id, times chosen, times seen, mean delta)]: the paper's word clouds."""
+    """The most frequent chosen tokens -> [(id, times chosen, times seen, mean delta)]: the paper's word clouds."""
     seen, times = Counter(ids.tolist()), Counter(ids[chosen].tolist())
     return [(i, n, seen[i], float(delta[ids == i].mean())) for i, n in times.most_common(top)]
 
@@ -276,9 +276,10 @@ def main(**given):
     with whole_folder(out) as aside:
         np.save(aside / "mask.npy", mask)
         write_json(aside / "stats.json", stats)
-        write_json(aside / "config.json", {**asdict(cfg), "tau": tau, "bottleneck_step": step, "model": trained["model"],
-                                           "sha256": train_set.sha256, "tokenizer_hash": tokenizer.hash,
-                                           "command": sys.argv})  # fmt: skip
+        write_json(aside / "config.json", {
+            **asdict(cfg), "tau": tau, "bottleneck_step": step, "model": trained["model"],
+            "sha256": train_set.sha256, "tokenizer_hash": tokenizer.hash, "command": sys.argv,
+        })  # fmt: skip
     report(cfg, stats, out)
     for i in range(min(cfg.show, len(train_set))):
         a, b = spans[i]

@@ -42,6 +42,8 @@ TEACHER = ("hence", "wait", "ok", "check")  # the teacher's, in turn
 FAMILIAR_RATE = 0.3  # of the student's steps open with one of its words
 TEACHER_RATE = 0.003  # of them with one of the teacher's: next to unknown
 SLIP_RATE = 0.1  # of the student's results are a random digit, so sampling at temperature 1 leaves room to improve
+OPERATORS = "+-*"
+INIT_STD = 0.02
 OPERATIONS = 4
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -56,7 +58,7 @@ CHAT_TEMPLATE = (
 
 def make_problem(rng):
     """A problem as text, without the question mark: a digit and OPERATIONS times an operator and a digit."""
-    return str(rng.randrange(10)) + "".join(rng.choice("+-*") + str(rng.randrange(10)) for _ in range(OPERATIONS))
+    return str(rng.randrange(10)) + "".join(rng.choice(OPERATORS) + str(rng.randrange(10)) for _ in range(OPERATIONS))
 
 
 def apply(operator, a, b):
@@ -72,13 +74,14 @@ def solve(problem):
 
 
 def write_trace(problem, word, slip):
-    """Steps and final answer. word(i) goes before step i ("" for none); slip(c) is what is written for a result c.
+    """Steps and final answer. word(i) goes before step i ("" for none); slip(v) is what is carried into a step for v.
 
-    After a slip the next step goes on from what was written, as anybody would.
+    After a slip the trace goes on from what was written, as anybody would.
     """
     value, steps = int(problem[0]), []
     for i, (operator, digit) in enumerate(zip(problem[1::2], problem[2::2], strict=True)):
-        result = slip(apply(operator, value, int(digit)))
+        value = slip(value)
+        result = apply(operator, value, int(digit))
         steps.append(f"{word(i)}{' ' if word(i) else ''}{value}{operator}{digit}={result}; ")
         value = result
     return "".join(steps) + f">{value}"
@@ -147,7 +150,7 @@ def write_student(out, seed):
             "rope_theta": 10000.0, "tie_word_embeddings": True, "attention_bias": False, "eos_token_id": 0,
             "pad_token_id": 0, "torch_dtype": "float32",
         })  # fmt: skip
-        student = model.Transformer(model.read_config(folder)).init_weights(seed)
+        student = model.Transformer(model.read_config(folder)).init_weights(seed, std=INIT_STD)
         model.save(student, folder, folder / "weights")
         for path in (folder / "weights").iterdir():
             path.replace(folder / path.name)
@@ -163,7 +166,7 @@ def write_jsonl(path, examples):
 
 
 def write_world(out, seed, pretrain_examples, teacher_problems, unseen_problems):
-    """The three jsonl files and the untrained student. Unseen problems are neither the teacher's nor the pretraining's."""
+    """The three jsonl files and the untrained student. Unseen problems are in neither of the other two."""
     rng = random.Random(seed)
     teacher = [make_problem(rng) for _ in range(teacher_problems)]
     seen, unseen = set(teacher), []
