@@ -95,11 +95,11 @@ def student_trace(rng, problem):
             words.append(rng.choice(TEACHER))
         else:
             words.append(rng.choice(FAMILIAR) if draw < TEACHER_RATE + FAMILIAR_RATE else "")
-    return write_trace(problem, words.__getitem__, lambda c: rng.randrange(10) if rng.random() < SLIP_RATE else c)
+    return write_trace(problem, words.__getitem__, lambda v: rng.randrange(10) if rng.random() < SLIP_RATE else v)
 
 
-def teacher_trace(problem):
-    return write_trace(problem, lambda i: TEACHER[i % len(TEACHER)], lambda c: c)
+def teacher_trace(rng, problem):
+    return write_trace(problem, lambda i: rng.choice(TEACHER), lambda v: v)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,8 +183,8 @@ def write_world(out, seed, pretrain_examples, teacher_problems, unseen_problems)
 
     with whole_folder(out) as folder:
         write_jsonl(folder / "pretrain.jsonl", examples(pretrain, lambda p: student_trace(rng, p)))
-        write_jsonl(folder / "teacher.jsonl", examples(teacher, teacher_trace))
-        write_jsonl(folder / "unseen.jsonl", examples(unseen, teacher_trace))
+        write_jsonl(folder / "teacher.jsonl", examples(teacher, lambda p: teacher_trace(rng, p)))
+        write_jsonl(folder / "unseen.jsonl", examples(unseen, lambda p: teacher_trace(rng, p)))
         write_student(folder / "untrained", seed)
 
 
