@@ -6,7 +6,8 @@
 A problem is a digit and four operations, from left to right, modulo 10: `3+5*2-7+4?`. Student and teacher both write a
 step per operation, `3+5=8; 8*2=6; 6-7=9; 9+4=3; >3`, but each has its own manner:
 
-    pretrain.jsonl   the student's: now and then a familiar word before a step, one result in ten is a slip of the pen
+    pretrain.jsonl   the student's: now and then a familiar word before a step, and one time in ten a slip: the digit
+                     that it carries into a step is not the result of the step before
     teacher.jsonl    the teacher's: never a slip, and before every step a word that the student hardly knows
     unseen.jsonl     problems that nobody was trained on, for eval.py
 
@@ -17,6 +18,8 @@ eval.py treat them as they would Qwen3-8B. Next: demo.py.
 
 import json
 import random
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,21 +33,21 @@ from config import InputError, command, whole_folder, write_json
 class Config:
     seed: int = 1  # of the problems, the slips, the weights
     out: str = ""  # folder to write; default data/toy-<seed>
-    pretrain: bool = False  # pretrain the student too, about two minutes on two CPU cores
+    pretrain: bool = False  # pretrain the student too, a minute or two on two CPU cores
     student: str = ""  # where the pretrained student goes; default students/toy-<seed>
-    pretrain_steps: int = 900  # batches of 64 fresh problems
+    pretrain_steps: int = 1200  # batches of 64 fresh problems
     teacher_problems: int = 200  # traces in teacher.jsonl
     unseen_problems: int = 300  # problems in unseen.jsonl
 
 
-FAMILIAR = ("so", "then", "thus", "now")  # the student's words
-TEACHER = ("hence", "wait", "ok", "check")  # the teacher's, in turn
-FAMILIAR_RATE = 0.3  # of the student's steps open with one of its words
-TEACHER_RATE = 0.003  # of them with one of the teacher's: next to unknown
-SLIP_RATE = 0.1  # of the student's results are a random digit, so sampling at temperature 1 leaves room to improve
 OPERATORS = "+-*"
-INIT_STD = 0.02
 OPERATIONS = 4
+FAMILIAR = ("so", "then", "thus", "now")  # the student's words
+FAMILIAR_RATE = 0.5  # of the student's steps open with one of them
+TEACHER = ("hence", "wait", "ok", "check")  # the teacher's: one before every step
+TEACHER_RATE = 0.004  # of the student's steps open with one of those: next to unknown
+SLIP_RATE = 0.1  # how often the student carries a random digit into a step, so that it has something to learn
+INIT_STD = 0.06  # of the weights: at 0.02, made for wide models, copying is learned late or never
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
@@ -137,7 +140,8 @@ def write_student(out, seed):
     """An untrained Qwen3-like student of 115 thousand parameters as a Hugging Face folder."""
     tokenizer = tokenizer_json()
     size = max(tokenizer["model"]["vocab"].values()) + 1
-    with whole_folder(out) as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         write_json(folder / "tokenizer.json", tokenizer)
         write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[0], "pad_token": SPECIAL[0],
@@ -150,54 +154,50 @@ def write_student(out, seed):
             "rope_theta": 10000.0, "tie_word_embeddings": True, "attention_bias": False, "eos_token_id": 0,
             "pad_token_id": 0, "torch_dtype": "float32",
         })  # fmt: skip
-        student = model.Transformer(model.read_config(folder)).init_weights(seed, std=INIT_STD)
-        model.save(student, folder, folder / "weights")
-        for path in (folder / "weights").iterdir():
-            path.replace(folder / path.name)
-        (folder / "weights").rmdir()
+        model.save(model.Transformer(model.read_config(folder)).init_weights(seed, std=INIT_STD), folder, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def write_jsonl(path, examples):
-    path.write_text("".join(json.dumps(e) + "\n" for e in examples), encoding="utf-8")
+def write_world(cfg, out):
+    """The untrained student and the jsonl files; pretrain.jsonl only if it is needed. Each is a function of the seed.
 
-
-def write_world(out, seed, pretrain_examples, teacher_problems, unseen_problems):
-    """The three jsonl files and the untrained student. Unseen problems are in neither of the other two."""
-    rng = random.Random(seed)
-    teacher = [make_problem(rng) for _ in range(teacher_problems)]
-    seen, unseen = set(teacher), []
-    pretrain = [make_problem(rng) for _ in range(pretrain_examples)]
-    seen.update(pretrain)
-    while len(unseen) < unseen_problems:
-        problem = make_problem(rng)
+    Unseen problems are in neither of the other two files.
+    """
+    rng = {name: random.Random(f"{cfg.seed} {name}") for name in ("pretrain", "teacher", "unseen")}
+    problems = {
+        "pretrain": [make_problem(rng["pretrain"]) for _ in range(cfg.pretrain_steps * 64)],
+        "teacher": [make_problem(rng["teacher"]) for _ in range(cfg.teacher_problems)],
+    }
+    seen, problems["unseen"] = {p for group in problems.values() for p in group}, []
+    while len(problems["unseen"]) < cfg.unseen_problems:
+        problem = make_problem(rng["unseen"])
         if problem not in seen:
             seen.add(problem)
-            unseen.append(problem)
-
-    def examples(problems, trace):
-        return [{"id": i, "prompt": f"{p}?", "response": trace(p), "answer": solve(p)} for i, p in enumerate(problems)]
-
+            problems["unseen"].append(problem)
     with whole_folder(out) as folder:
-        write_jsonl(folder / "pretrain.jsonl", examples(pretrain, lambda p: student_trace(rng, p)))
-        write_jsonl(folder / "teacher.jsonl", examples(teacher, lambda p: teacher_trace(rng, p)))
-        write_jsonl(folder / "unseen.jsonl", examples(unseen, lambda p: teacher_trace(rng, p)))
-        write_student(folder / "untrained", seed)
+        write_student(folder / "untrained", cfg.seed)
+        for name in problems if cfg.pretrain else ("teacher", "unseen"):
+            trace = student_trace if name == "pretrain" else teacher_trace
+            lines = [{"id": i, "prompt": f"{p}?", "response": trace(rng[name], p), "answer": solve(p)}
+                     for i, p in enumerate(problems[name])]  # fmt: skip
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def main(**given):
+    """Write the world, tokenised for train.py and eval.py, and pretrain its student if asked to."""
     cfg = Config(**given)
     out = Path(cfg.out or f"data/toy-{cfg.seed}")
     student = Path(cfg.student or f"students/toy-{cfg.seed}")
     if min(cfg.teacher_problems, cfg.unseen_problems, cfg.pretrain_steps) < 1:
         raise InputError("--teacher_problems, --unseen_problems and --pretrain_steps must be at least 1")
-    write_world(out, cfg.seed, cfg.pretrain_steps * 64, cfg.teacher_problems, cfg.unseen_problems)
+    write_world(cfg, out)
     untrained = str(out / "untrained")
-    for name in ("pretrain", "teacher", "unseen"):
-        data.main(source=str(out / f"{name}.jsonl"), tokenizer=untrained, out=str(out / name), verifier="toy")
+    for path in sorted(out.glob("*.jsonl")):
+        data.main(source=str(path), tokenizer=untrained, out=str(out / path.stem), verifier="toy")
     if not cfg.pretrain:
         return
     run = f"pretrain-toy-{cfg.seed}"
@@ -205,6 +205,7 @@ def main(**given):
                micro_batch_size=64, lr=3e-3, warmup_steps=20, weight_decay=0.1, seed=cfg.seed)  # fmt: skip
     last = Path("runs") / run / "checkpoints" / f"{cfg.pretrain_steps:06d}"
     model.save(model.load(last), last, student)
+    shutil.rmtree(Path("runs") / run)
     print(f"pretrained student: {student}")
 
 

@@ -78,6 +78,8 @@ def main(**given):
     cfg = resolve(given)
     rank, world, device = start_processes(cfg)
     source = model.local_folder(cfg.model)
+    if model.read_config(source).is_diffusion:
+        raise InputError(f"{source}: masked-diffusion students cannot be trained yet")
     tokenizer = data.load_tokenizer(source)
     train_set, eval_set = load_data(cfg.data, tokenizer), load_data(cfg.eval_data, tokenizer)
     keep = load_select().load_mask(cfg.selection, train_set) if cfg.selection else None  # (n_tokens,) bool
@@ -91,8 +93,9 @@ def main(**given):
     log_path = folder / "log.jsonl" if rank == 0 else os.devnull
     with Interrupt() as interrupt, open(log_path, "a", encoding="utf-8") as log:
         for step in range(cfg.steps + 1):
-            last = step == cfg.steps or all_reduce(interrupt.asked, device) > 0
-            if cfg.record_every and (step % cfg.record_every == 0 or last):
+            stop = all_reduce(interrupt.asked, device) > 0
+            last = stop or step == cfg.steps
+            if cfg.record_every and not stop and (step % cfg.record_every == 0 or last):
                 recorded = record(cfg, student, tokenizer, train_set, eval_set, folder, step)
                 write_log(log, recorded)
                 accuracy = recorded["accuracy"]
@@ -119,8 +122,9 @@ def main(**given):
                 show(cfg, done, accuracy, started)
     if rank == 0:
         state = f"stopped at step {step} of {cfg.steps}" if step < cfg.steps else "done"
+        saved = checkpoint(folder, step) if step else "none"
         lead = "\n" if sys.stdout.isatty() else ""
-        print(f"{lead}{state}: {folder} ({time.time() - started:.0f} s), last checkpoint {checkpoint(folder, step)}")
+        print(f"{lead}{state}: {folder} ({time.time() - started:.0f} s), last checkpoint: {saved}")
 
 
 def micro_batches(cfg, train_set, keep, step, rank, world, device):
@@ -255,7 +259,8 @@ def record(cfg, student, tokenizer, train_set, eval_set, folder, step):
     """Write trajectory/<step>.npz and return the log line.
 
     A sweep of its own over all training examples, whatever is selected: c_t = log p(y_t | y_<t, x) is a property of
-    (checkpoint, data), not of batches. Train accuracy is that of sampled answers, graded by eval.py.
+    (checkpoint, data), not of batches. Train accuracy is that of sampled answers, graded by eval.py; None if an
+    example has no answer to compare with (then name the bottleneck yourself: select.py --bottleneck=STEP).
     """
     tick, device = time.time(), next(student.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -278,16 +283,18 @@ def record(cfg, student, tokenizer, train_set, eval_set, folder, step):
         raise InputError(f"step {step}: a response token has probability 0 or nan under the student; nothing written")
     keys = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
     sampling = {key: getattr(cfg, key) for key in keys}
-    accuracy, rows = evaluation.evaluate(student, tokenizer, train_set, **sampling)
+    accuracy, correct = None, np.full(len(train_set), np.nan, dtype=np.float32)
+    if all(example["answer"] is not None for example in train_set.examples):
+        accuracy, rows = evaluation.evaluate(student, tokenizer, train_set, **sampling)
+        correct = np.array([r["correct"] for r in rows], dtype=np.float32).reshape(len(train_set), -1).mean(1)
     line = {"step": step, "event": "record", "nll": nll, "accuracy": accuracy}
     if eval_set is not None:
         line["eval_accuracy"], _ = evaluation.evaluate(student, tokenizer, eval_set, **sampling)
-    correct = np.array([r["correct"] for r in rows], dtype=np.float32).reshape(len(train_set), -1).mean(1)
     if rank == 0:
         path = folder / "trajectory" / f"{step:06d}.npz"
         with whole_file(path) as aside, open(aside, "wb") as file:
-            np.savez(file, logprob=logprob, correct=correct, accuracy=accuracy, step=step,
-                     sha256=train_set.sha256, tokenizer_hash=tokenizer.hash)  # fmt: skip
+            np.savez(file, logprob=logprob, correct=correct, accuracy=np.nan if accuracy is None else accuracy,
+                     step=step, sha256=train_set.sha256, tokenizer_hash=tokenizer.hash)  # fmt: skip
     return {**line, "seconds": round(time.time() - tick, 4)}
 
 
@@ -370,8 +377,9 @@ def write_log(log, line):
 def describe(cfg, student, train_set, keep, device, world):
     parameters = sum(p.numel() for p in student.parameters())
     supervised = int((train_set.spans[:, 2] - train_set.spans[:, 1]).sum())
-    print(f"{cfg.run}: {parameters:,} parameters on {world} x {device.type}, {len(train_set)} examples, "
-          f"{supervised:,} response tokens")  # fmt: skip
+    a_step = min(cfg.batch_size or len(train_set), len(train_set))
+    print(f"{cfg.run}: {parameters:,} parameters on {world} x {device.type}, {len(train_set)} examples, {a_step} of "
+          f"them a step, {supervised:,} response tokens")  # fmt: skip
     if keep is not None:
         print(f"selection {cfg.selection}: {keep.sum():,} tokens = {keep.sum() / supervised:.1%} stay in the loss")
     defaults = Config()
