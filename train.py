@@ -3,7 +3,7 @@
     python train.py --run=sft --model=M --data=D --record_every=2        # pass 1: plain SFT, and what every token did
     python select.py --run=sft --rule=t3s                                # bottleneck, delta, which tokens to keep
     python train.py --run=t3s --selection=runs/sft/selection/t3s         # pass 2: all else inherited from pass 1
-    torchrun --nproc_per_node=8 train.py ...                             # the same commands, sharded over 8 GPUs
+    torchrun --nproc_per_node=8 -- train.py --run=...                    # the same commands, sharded over 8 GPUs
 
 M is a Hugging Face folder or hub id, D a folder made by data.py. Everything lands in runs/<run>/: config.json,
 log.jsonl (a line per step), checkpoints/ (ordinary Hugging Face folders), trajectory/ (log-probability of every

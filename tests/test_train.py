@@ -1,0 +1,403 @@
+"""train.py: one update against plain float64 code, the pipeline's identities, what stops a run and what it leaves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import data
+import model
+import toy
+import train
+from config import InputError, load_select, read_json, write_json
+
+ROOT = Path(__file__).parent.parent
+N = 7  # training examples
+SHORT = dict(model="data/toy-1/untrained", data="data/toy-1/teacher", steps=4, batch_size=4, micro_batch_size=3,
+             lr=1e-3, max_new_tokens=8, device="cpu")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        toy.main(seed=1, teacher_problems=N, unseen_problems=3, pretrain_steps=1)
+        uneven("data/toy-1/teacher.jsonl")
+        data.main(source="data/toy-1/teacher.jsonl", tokenizer="data/toy-1/untrained", out="data/toy-1/teacher",
+                  verifier="toy")  # fmt: skip
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def uneven(path):
+    """Cut the responses to different lengths: equal ones would hide a mean of means."""
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["response"] = line["response"][: 6 + 7 * i]
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch):
+    """A working folder of its own with the shared data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(world / "data")
+    return tmp_path
+
+
+def log(run):
+    return [json.loads(line) for line in Path(f"runs/{run}/log.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [line["loss"] for line in log(run) if "loss" in line]
+
+
+def weights(run, step):
+    return load_file(f"runs/{run}/checkpoints/{step:06d}/model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update
+
+
+def brute_force_nll(student, train_set, examples, mask=None):
+    """Sum of the NLL of the (kept) response tokens, one example and one token at a time, and their number."""
+    total, count = 0.0, 0
+    for i in examples:
+        start, prompt_end, end = train_set.spans[i]
+        ids = torch.tensor(train_set.tokens[start:end].astype(np.int64))[None]
+        logp = F.log_softmax(student(ids)[0], -1)
+        for t in range(prompt_end, end):
+            if mask is None or mask[t]:
+                total = total - logp[t - start - 1, ids[0, t - start]]
+                count += 1
+    return total, count
+
+
+def test_two_updates_against_plain_code(here):
+    """Loss, gradient norm and weights of clipped AdamW, float32 against float64, over two uneven micro-batches."""
+    keys = SHORT | dict(steps=2, weight_decay=0.1, clip=0.5, warmup_steps=1, schedule="constant", seed=3)
+    train.main(run="short", **keys)
+    train_set = data.load("data/toy-1/teacher")
+    student = model.load("data/toy-1/untrained", dtype=torch.float64)
+    decayed = [p for p in student.parameters() if p.dim() > 1]
+    others = [p for p in student.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=1e-3,
+                                  betas=(0.9, 0.999), weight_decay=0.1)  # fmt: skip
+    for step, line in enumerate(log("short")):
+        total, count = brute_force_nll(student, train_set, data.step_examples(N, 4, step, 3))
+        optimizer.zero_grad()
+        (total / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
+        optimizer.step()
+        assert line["step"] == step + 1 and line["supervised"] == count
+        assert line["loss"] == pytest.approx((total / count).item(), abs=1e-5)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.5
+    saved = weights("short", 2)
+    for name, p in student.named_parameters():
+        off = (saved[name] - p.float()).abs()  # AdamW divides by |gradient|: where that is near 0, rounding shows
+        assert (off > 1e-6).float().mean() < 2e-3 and off.max() < 2e-3, name
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 50])
+def test_micro_batches_change_nothing(here, micro_batch_size):
+    train.main(run="one", **SHORT | dict(micro_batch_size=3))
+    train.main(run="two", **SHORT | dict(micro_batch_size=micro_batch_size))
+    for a, b in zip(log("one"), log("two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert a["tokens"] == b["tokens"] and a["supervised"] == b["supervised"]
+
+
+def test_schedules():
+    at = lambda step, **keys: train.learning_rate(train.Config(lr=2.0, steps=10, **keys), step)  # noqa: E731
+    assert [at(s, warmup_steps=4, schedule="constant") for s in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert at(0) == 2.0 and at(5) == pytest.approx(1.0) and at(10) == pytest.approx(0.0)
+    assert at(7, warmup_steps=4) == pytest.approx(1.0)  # half of what is left after the warm-up
+
+
+def test_batch_size_0_is_the_whole_set(here):
+    train.main(run="full", **SHORT | dict(batch_size=0, steps=1))
+    train_set = data.load("data/toy-1/teacher")
+    assert log("full")[0]["supervised"] == train_set.response_mask().sum()
+    total, count = brute_force_nll(model.load("data/toy-1/untrained"), train_set, range(N))
+    assert losses("full")[0] == pytest.approx(total.item() / count, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two passes
+
+
+def sft(**keys):
+    train.main(run="sft", eval_data="data/toy-1/unseen", record_every=2, **SHORT | keys)
+
+
+def test_a_selection_that_keeps_everything_reproduces_pass_1_bit_for_bit(here):
+    sft()
+    folder = load_select().main(run="sft", rule="all", bottleneck=2, show=0)
+    train.main(run="again", selection=str(folder))
+    for a, b in zip(log("sft"), log("again"), strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    for step in (0, 2, 4):
+        a, b = (np.load(f"runs/{run}/trajectory/{step:06d}.npz") for run in ("sft", "again"))
+        assert all(np.array_equal(a[key], b[key], equal_nan=a[key].dtype.kind == "f") for key in a)
+    a, b = (Path(f"runs/{run}/checkpoints/000004/model.safetensors").read_bytes() for run in ("sft", "again"))
+    assert a == b
+
+
+def test_dropped_tokens_leave_loss_and_normaliser(here):
+    sft()
+    folder = load_select().main(run="sft", bottleneck=4, show=0)
+    train_set = data.load("data/toy-1/teacher")
+    mask = np.load(folder / "mask.npy")
+    assert 0 < mask.sum() < train_set.response_mask().sum()
+    train.main(run="t3s", selection=str(folder))
+    chosen = data.step_examples(N, 4, 0, 0)
+    total, count = brute_force_nll(model.load("data/toy-1/untrained"), train_set, chosen, mask)
+    line = next(line for line in log("t3s") if "loss" in line)
+    assert line["loss"] == pytest.approx(total.item() / count, abs=1e-5) and line["supervised"] == count
+    # what is recorded is every response token all the same
+    assert np.isfinite(np.load("runs/t3s/trajectory/000004.npz")["logprob"][train_set.response_mask()]).all()
+
+
+def test_pass_2_inherits_and_prints_what_differs(here, capsys):
+    sft(weight_decay=0.25, seed=5)
+    folder = load_select().main(run="sft", rule="all", bottleneck=2, show=0)
+    capsys.readouterr()
+    train.main(run="more", selection=str(folder), lr=5e-4, seed=5)
+    printed = capsys.readouterr().out
+    assert "differs from pass 1: lr = 0.0005 (pass 1: 0.001)" in printed and printed.count("differs from") == 1
+    first, second = (read_json(f"runs/{run}/config.json")["config"] for run in ("sft", "more"))
+    assert {k for k in first if first[k] != second[k]} == {"run", "selection", "lr"}
+    assert "= 100.0% stay in the loss" in printed
+
+
+def test_an_example_of_which_nothing_is_kept(here):
+    """Its micro-batch counts 0 tokens; a step made of such examples only has loss 0 and moves nothing."""
+    sft(micro_batch_size=1)
+    folder = load_select().main(run="sft", rule="all", bottleneck=2, show=0)
+    mask, spans = np.load(folder / "mask.npy"), data.load("data/toy-1/teacher").spans
+    chosen = data.step_examples(N, 2, 0, 0)
+    for i in chosen:
+        mask[spans[i, 0] : spans[i, 2]] = False
+    np.save(folder / "mask.npy", mask)
+    train.main(run="none", selection=str(folder), batch_size=2, steps=1, record_every=0)
+    line = log("none")[0]
+    assert line["loss"] == 0 and line["grad_norm"] == 0 and line["supervised"] == 0
+    before = load_file("data/toy-1/untrained/model.safetensors")
+    assert all(torch.equal(before[name], w) for name, w in weights("none", 1).items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trajectory
+
+
+def test_what_is_recorded(here):
+    sft()
+    train_set = data.load("data/toy-1/teacher")
+    response = train_set.response_mask()
+    for step, folder in ((0, "data/toy-1/untrained"), (4, "runs/sft/checkpoints/000004")):
+        recorded = np.load(f"runs/sft/trajectory/{step:06d}.npz", allow_pickle=False)
+        assert recorded["logprob"].dtype == np.float32 and recorded["logprob"].shape == (len(train_set.tokens),)
+        assert np.array_equal(np.isnan(recorded["logprob"]), ~response)
+        student = model.load(folder, dtype=torch.float64)
+        for start, prompt_end, end in train_set.spans:
+            ids = torch.tensor(train_set.tokens[start:end].astype(np.int64))
+            with torch.no_grad():
+                logp = F.log_softmax(student(ids[None])[0], -1)
+            for t in range(prompt_end, end):
+                c = logp[t - start - 1, ids[t - start]].item()
+                assert recorded["logprob"][t] == pytest.approx(c, abs=1e-5)
+        assert recorded["correct"].shape == (N,) and recorded["accuracy"] == recorded["correct"].mean()
+        assert str(recorded["sha256"]) == train_set.sha256 and int(recorded["step"]) == step
+    lines = [line for line in log("sft") if line.get("event") == "record"]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert lines[0]["nll"] == pytest.approx(-np.load("runs/sft/trajectory/000000.npz")["logprob"][response].mean())
+    assert all(0 <= line["eval_accuracy"] <= 1 for line in lines)
+
+
+def test_recording_changes_no_update(here):
+    sft()
+    train.main(run="silent", **SHORT)
+    assert losses("sft") == losses("silent")
+
+
+def test_without_answers_there_is_no_accuracy(here):
+    lines = [json.loads(line) for line in Path("data/toy-1/teacher.jsonl").read_text().splitlines()]
+    del lines[3]["answer"]
+    Path("some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data.main(source="some.jsonl", tokenizer="data/toy-1/untrained", out="some", verifier="toy")
+    sft(data="some")
+    assert [line["accuracy"] for line in log("sft") if line.get("event")] == [None, None, None]
+    with pytest.raises(InputError, match="recorded no accuracy .* name a --bottleneck=STEP"):
+        load_select().main(run="sft")
+    assert load_select().main(run="sft", bottleneck=2, show=0).exists()
+
+
+def test_checkpoints_kept_are_the_bottleneck_the_last_and_what_was_asked_for(here, monkeypatch):
+    accuracies = iter([0.9, 0.5, 0.7, 0.3, 0.3, 0.6])  # steps 0, 1, 2, ... 5
+
+    def evaluate(student, tokenizer, problems, **sampling):
+        return next(accuracies), [{"correct": False}] * len(problems)
+
+    monkeypatch.setattr(train.evaluation, "evaluate", evaluate)
+    train.main(run="sft", record_every=1, save_every=2, **SHORT | dict(steps=5))
+    kept = sorted(int(path.name) for path in Path("runs/sft/checkpoints").iterdir())
+    assert kept == [2, 3, 4, 5]  # 1 was the lowest for a while; 3 and 4 are equal, the earlier one counts
+    from_disk = load_select().find_bottleneck({s: float(t["accuracy"]) for s, t in
+                                               load_select().load_trajectory("sft").items()})  # fmt: skip
+    assert from_disk == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other ways to run the same loop
+
+
+def torchrun(n, **keys):
+    words = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
+    # the -- keeps torchrun from taking --run for its own --run-path
+    program = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", "--"]
+    done = subprocess.run([*program, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    return done
+
+
+def test_two_processes_do_what_one_does(here):
+    """Sharded over two gloo processes, one of them without work in the last micro-batch: same losses, same records."""
+    sft(batch_size=5)
+    done = torchrun(2, run="two", eval_data="data/toy-1/unseen", record_every=2, **SHORT | dict(batch_size=5))
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(log("sft"), log("two"), strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        for key in set(a) - {"seconds", "grad_norm"}:
+            assert b[key] == pytest.approx(a[key], abs=1e-5), key
+        assert b.get("grad_norm", 0) == pytest.approx(a.get("grad_norm", 0), rel=1e-4)
+    for step in (0, 2, 4):
+        a, b = (np.load(f"runs/{run}/trajectory/{step:06d}.npz") for run in ("sft", "two"))
+        assert np.allclose(a["logprob"], b["logprob"], atol=2e-5, equal_nan=True)
+        assert np.array_equal(a["correct"], b["correct"])
+    a, b = weights("sft", 4), weights("two", 4)
+    assert all((a[name] - b[name]).abs().max() < 1e-5 for name in a)
+
+
+def test_bfloat16_computes_what_float32_does_about(here):
+    train.main(run="full", **SHORT)
+    done = torchrun(1, run="half", dtype="bfloat16", **SHORT)
+    assert done.returncode == 0, done.stderr
+    assert losses("half") == pytest.approx(losses("full"), abs=0.02) and losses("half") != losses("full")
+    assert all(w.dtype == torch.float32 for w in weights("half", 4).values())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, and there is no g++ here")
+def test_compiled_blocks_give_the_same_losses(here):
+    train.main(run="eager", **SHORT | dict(steps=2))
+    done = torchrun(1, run="compiled", compile=True, **SHORT | dict(steps=2))
+    assert done.returncode == 0, done.stderr
+    assert losses("compiled") == pytest.approx(losses("eager"), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stops a run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_lets_the_step_finish_saves_and_stops(here, monkeypatch, capsys, number):
+    step_of = train.train_step
+
+    def interrupted(cfg, student, optimizer, batches, step):
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return step_of(cfg, student, optimizer, batches, step)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    train.main(run="stopped", **SHORT)
+    assert [line["step"] for line in log("stopped")] == [1, 2]
+    assert "stopped at step 2 of 4" in capsys.readouterr().out
+    monkeypatch.undo()
+    os.chdir(here)
+    train.main(run="whole", save_every=2, **SHORT)
+    whole = weights("whole", 2)
+    assert all(torch.equal(w, whole[name]) for name, w in weights("stopped", 2).items())
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(here):
+    spoiled = model.load("data/toy-1/untrained")
+    with torch.no_grad():
+        spoiled.model.embed_tokens.weight[int(data.load("data/toy-1/teacher").tokens[0])] = float("nan")
+    model.save(spoiled, "data/toy-1/untrained", "spoiled")
+    with pytest.raises(InputError, match=r"step 1: loss nan, .* not finite in the micro-batch of examples \[") as error:
+        train.main(run="nan", **SHORT | dict(model="spoiled"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="step 0: a response token has probability 0 or nan under the student"):
+        train.main(run="nan2", record_every=1, **SHORT | dict(model="spoiled"))
+    assert not Path("runs/nan/checkpoints").exists() and not list(Path("runs/nan2/trajectory").iterdir())
+    assert log("nan") == log("nan2") == []
+
+
+@pytest.mark.parametrize("keys, message", [
+    (dict(run=""), "--run is missing"),
+    (dict(model=""), "--model is missing"),
+    (dict(data="nowhere"), "nowhere: no such folder; make it with python data.py"),
+    (dict(schedule="linear"), "--schedule=linear: must be cosine or constant"),
+    (dict(dtype="float16"), "--dtype=float16: must be float32 or bfloat16"),
+    (dict(steps=0), "--steps=0: must be at least 1"),
+    (dict(micro_batch_size=0), "--micro_batch_size=0: must be at least 1"),
+    (dict(learning_rate=1.0), "unknown key learning_rate"),
+    (dict(selection="runs/x/selection/t3s"), "config.json: no such file"),
+])  # fmt: skip
+def test_bad_keys_leave_nothing_behind(here, keys, message):
+    with pytest.raises(InputError, match=message) as error:
+        train.main(**{"run": "bad", **SHORT, **keys})
+    assert "\n" not in str(error.value) and not Path("runs").exists()
+
+
+def test_an_existing_run_is_never_written_over(here):
+    train.main(run="one", **SHORT)
+    before = Path("runs/one/log.jsonl").read_bytes()
+    with pytest.raises(InputError, match="runs/one: this run exists; give --run another name"):
+        train.main(run="one", **SHORT)
+    assert Path("runs/one/log.jsonl").read_bytes() == before
+
+
+def test_what_does_not_belong_together_is_refused(here):
+    sft()
+    folder = load_select().main(run="sft", rule="all", bottleneck=2, show=0)
+    with pytest.raises(InputError, match="made for another data set than data/toy-1/unseen"):
+        train.main(run="bad", selection=str(folder), data="data/toy-1/unseen")
+    # a student with another tokenizer: one merge less
+    shutil.copytree("data/toy-1/untrained", "other")
+    spec = read_json("other/tokenizer.json")
+    spec["model"]["merges"].pop()
+    write_json("other/tokenizer.json", spec)
+    with pytest.raises(InputError, match="data/toy-1/teacher: made with another tokenizer than the student's"):
+        train.main(run="bad", **SHORT | dict(model="other"))
+    assert not Path("runs/bad").exists()
+
+
+def test_the_shell_gets_one_line_and_an_exit_code(here):
+    stored = load_file("data/toy-1/untrained/model.safetensors")
+    shutil.copytree("data/toy-1/untrained", "broken")
+    stored.pop("model.norm.weight")
+    save_file(stored, "broken/model.safetensors", metadata={"format": "pt"})
+    words = ["--run=x", "--model=broken", "--data=data/toy-1/teacher"]
+    for more, message in ((["--stpes=3"], "unknown key --stpes; did you mean --steps?"),
+                          (["--steps=three"], "--steps=three: the value must be of type int"),
+                          ([], "the tensor model.norm.weight is missing")):  # fmt: skip
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words, *more], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert message in done.stderr
+    assert not Path("runs/x/checkpoints").exists()
