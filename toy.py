@@ -48,7 +48,7 @@ TEACHER = ("hence", "wait", "ok", "check")  # the teacher's: one before every st
 TEACHER_RATE = 0.004  # of the student's steps open with one of those: next to unknown
 SLIP_RATE = 0.1  # how often the student carries a random digit into a step, so that it has something to learn
 INIT_STD = 0.06  # of the weights: at 0.02, made for wide models, copying is learned late or never
-SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
+SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|mask|>")  # the mask is for diffusion students
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -145,7 +145,7 @@ def write_student(out, seed):
         write_json(folder / "tokenizer.json", tokenizer)
         write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[0], "pad_token": SPECIAL[0],
-            "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+            "mask_token": SPECIAL[3], "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
         })  # fmt: skip
         write_json(folder / "config.json", {
             "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": size, "hidden_size": 64,

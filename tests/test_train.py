@@ -269,7 +269,7 @@ def test_checkpoints_kept_are_the_bottleneck_the_last_and_what_was_asked_for(her
 def torchrun(n, **keys):
     words = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
     # the -- keeps torchrun from taking --run for its own --run-path
-    program = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", "--"]
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--"]
     done = subprocess.run([*program, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     return done
