@@ -132,6 +132,12 @@ def micro_batches(cfg, train_set, keep, step, rank, world, device):
 
     Which examples make the step is a pure function of (cfg.seed, step), whatever the number of processes. Every
     process gets the same number of micro-batches (an empty one counts 0), since every forward pass is collective.
+    A micro-batch is a dict:
+
+    examples   (n,) which ones, for messages               tokens  int, those of its examples
+    ids        (B, T) int64                                 count   float, its part of the step's normaliser
+    targets    (B, T) int64, -100 where nothing is scored   weights (B, T) float32 on the NLL; None: all 1
+    positions, attention   as Transformer.forward takes them; None: its defaults
     """
     chosen = data.step_examples(len(train_set), cfg.batch_size, step, cfg.seed)
     length = train_set.spans[chosen, 2] - train_set.spans[chosen, 0]
@@ -145,25 +151,27 @@ def micro_batches(cfg, train_set, keep, step, rank, world, device):
             "examples": examples,
             "ids": torch.as_tensor(ids, device=device),
             "targets": torch.as_tensor(targets, device=device),
+            "weights": None, "positions": None, "attention": None,
             "tokens": int((train_set.spans[examples, 2] - train_set.spans[examples, 0]).sum()),
-            "count": int((targets != -100).sum()),
+            "count": float((targets != -100).sum()),
         })  # fmt: skip
     return batches
 
 
 def train_step(cfg, student, optimizer, batches, step):
-    """One update: loss = sum of NLL / number of supervised tokens of the whole step, never a mean of means.
+    """One update: loss = sum of weighted NLL / sum of counts of the whole step, never a mean of means.
 
-    The sums run over all micro-batches and processes. Returns the log line. Raises InputError, before the weights
+    Both sums run over all micro-batches and processes. Returns the log line. Raises InputError, before the weights
     are touched, if the loss or the gradient norm is not finite; the message names the examples at fault.
     """
     device = batches[0]["ids"].device
-    supervised = all_reduce(sum(b["count"] for b in batches), device)
+    normaliser = all_reduce(sum(b["count"] for b in batches), device)
     optimizer.zero_grad(set_to_none=True)
     losses = []
     for batch in batches:
-        nll = student(batch["ids"], targets=batch["targets"])  # (B, T)
-        loss = nll.sum() / max(1, supervised)  # no supervised token at all: loss 0, gradient 0
+        nll = student(batch["ids"], batch["targets"], positions=batch["positions"], attention=batch["attention"])
+        weighted = nll if batch["weights"] is None else nll * batch["weights"]  # (B, T)
+        loss = weighted.sum() / (normaliser or 1)  # no supervised token at all: loss 0, gradient 0
         loss.backward()
         losses.append(loss.item())
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
@@ -176,8 +184,10 @@ def train_step(cfg, student, optimizer, batches, step):
     if cfg.clip:
         torch.nn.utils.clip_grads_with_norm_(student.parameters(), cfg.clip, norm)
     optimizer.step()
-    tokens = int(all_reduce(sum(b["tokens"] for b in batches), device))
-    return {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "tokens": tokens, "supervised": int(supervised)}
+    tokens = all_reduce(sum(b["tokens"] for b in batches), device)
+    supervised = all_reduce(sum(int((b["targets"] != -100).sum()) for b in batches), device)
+    return {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "tokens": int(tokens),
+            "supervised": int(supervised)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

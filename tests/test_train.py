@@ -160,7 +160,7 @@ def test_a_selection_that_keeps_everything_reproduces_pass_1_bit_for_bit(here):
 
 def test_dropped_tokens_leave_loss_and_normaliser(here):
     sft()
-    folder = load_select().main(run="sft", bottleneck=4, show=0)
+    folder = load_select().main(run="sft", bottleneck=4, share=0.5, show=0)
     train_set = data.load("data/toy-1/teacher")
     mask = np.load(folder / "mask.npy")
     assert 0 < mask.sum() < train_set.response_mask().sum()
