@@ -471,6 +471,12 @@ def step_examples(n, batch_size, step, seed):
     return order[places - epochs[0] * n]
 
 
+def uniforms(seed, example_id, n):
+    """The n uniforms in [0, 1) of an example; a longer n continues the same sequence."""
+    key = hashlib.sha256(f"{seed} {example_id}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(n)
+
+
 def collate(data, indices, mask=None):
     """Examples -> ids and targets, (B, T) int64 each, padded on the right with id 0 and target -100.
 

@@ -11,7 +11,6 @@ or wrong), the sampler (prompts -> token ids), the command. Next: report.py.
 Shapes: B answers written at the same time, T tokens of the longest prompt, V vocabulary.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -26,7 +25,7 @@ import torch
 
 from config import InputError, command, read_json, whole_file, write_json
 from data import load as load_data
-from data import load_tokenizer
+from data import load_tokenizer, uniforms
 from model import Cache, load, local_folder
 
 
@@ -47,6 +46,14 @@ class Config:
     batch_size: int = 64  # answers written at the same time; changes memory and speed, not the answers
     device: str = ""  # cpu, cuda, ...; default: cuda if there is one
     dtype: str = "float32"  # float32 or bfloat16
+    # sampling from masked-diffusion students only: diffusion.py
+    block_length: int = 0  # tokens written together, from left to right; 0: LLaDA2's own, 32 for LLaDA
+    denoising_steps: int = 0  # forward passes for max_new_tokens; 0: as many as tokens
+    threshold: float = 0.0  # write all tokens surer than this at once, at least one; 0: LLaDA2 0.95, LLaDA none
+    remasking: str = "low_confidence"  # which tokens wait: low_confidence or random
+    cfg_scale: float = 0.0  # classifier-free guidance, LLaDA only
+    eos_rule: str = "free"  # end-of-text is written like any token (free), after all others of its block (last), never
+    edit_threshold: float = -1.0  # LLaDA2.1: replace written tokens if surer than this of another; -1: never
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,7 +148,7 @@ def last_boxed(text):
 
 def sample(
     model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=0, example_ids=None,
-    eos_ids=(), vocab_size=None, batch_size=64, progress=None,
+    eos_ids=(), vocab_size=None, batch_size=64, progress=None, **decoding,
 ):  # fmt: skip
     """Continue each prompt (a list of ids) -> a list of ids for each, up to and without an end-of-text id.
 
@@ -149,6 +156,7 @@ def sample(
     What is drawn for a prompt is a pure function of (seed, its example id, position), so an answer depends on no other
     prompt, on no batch and on no order, as far as the model's logits do not: these differ by rounding (1e-6 or so)
     with the shape of a batch, which can turn a near tie. `progress` is called with the number of finished answers.
+    decoding: diffusion.generate's keywords; an autoregressive model has no use for them.
     """
     size = model.config.vocab_size
     for key, given, fine in (
@@ -177,12 +185,6 @@ def sample(
         if progress:
             progress(i + len(batch))
     return answers
-
-
-def uniforms(seed, example_id, n):
-    """The n uniforms in [0, 1) of an example; a longer n continues the same sequence."""
-    key = hashlib.sha256(f"{seed} {example_id}".encode()).digest()[:16]
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(n)
 
 
 @torch.no_grad()
@@ -357,7 +359,8 @@ def main(**given):
     return results
 
 
-SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+DECODING = ("block_length", "denoising_steps", "threshold", "remasking", "cfg_scale", "eos_rule", "edit_threshold")
+SAMPLING = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", *DECODING)
 
 
 def resolve(given):
