@@ -512,7 +512,7 @@ class Transformer(nn.Module):
         attention  "causal", "full", "block", or bool (broadcastable to B, 1, T, S), True = may be seen; default: the
                    family's own.
         cache      a Cache: keys and values are written at `positions`, and older ones are seen.
-        rows       (B,): return logits (B, 1, V) of this one position of each sequence.
+        rows       (B,) or (B, R): return logits (B, 1 or R, V) of these positions of each sequence only.
         """
         B, T = ids.shape
         attention = self.config.attention if attention is None else attention
@@ -534,7 +534,7 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             x = block(x, cos, sin, mask, causal, cache)
         if rows is not None:
-            x = x[torch.arange(B, device=x.device), rows][:, None]  # (B, 1, C)
+            x = x[torch.arange(B, device=x.device)[:, None], rows.view(B, -1)]  # (B, 1 or R, C)
         x = self.model.norm(x)
         head = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         if targets is None:
