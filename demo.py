@@ -27,7 +27,7 @@ from config import command, load_select, write_json
 @dataclass
 class Config:
     seeds: str = "1,2,3"  # students and worlds; each has its folder students/toy-<seed>
-    steps: int = 40  # optimizer steps of every run: equal budget
+    steps: int = 36  # optimizer steps of every run: equal budget
     lr: float = 4e-4  # constant; the batch is the whole training set
     record_every: int = 4  # steps between two recorded checkpoints
 
