@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import diffusion
 from config import InputError, command, read_json, whole_file, write_json
 from data import load as load_data
 from data import load_tokenizer, uniforms
@@ -168,8 +169,6 @@ def sample(
     for number, prompt in enumerate(prompts):
         if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < size:
             raise InputError(f"prompt {number} is empty or has an id outside the model's vocabulary of {size}")
-    if model.config.is_diffusion:
-        raise InputError(f"no sampler for the masked-diffusion family {model.config.model_type} yet")
 
     def choose(logits, u):  # (B, V), (B,) -> (B,)
         return next_token(logits[:, :vocab_size], u, temperature, top_p, top_k)
@@ -179,9 +178,16 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: if memory is short, say so now
     for i in range(0, len(order), batch_size):
         batch = order[i : i + batch_size]
-        u = np.stack([uniforms(seed, example_ids[j], max_new_tokens) for j in batch])
-        for j, answer in zip(batch, write(model, [prompts[j] for j in batch], u, choose, set(eos_ids)), strict=True):
-            answers[j] = answer
+        asked, ids = [prompts[j] for j in batch], [example_ids[j] for j in batch]
+        if model.config.is_diffusion:
+            texts = diffusion.sample(
+                model, asked, max_new_tokens, seed=seed, example_ids=ids, temperature=temperature, top_p=top_p,
+                top_k=top_k, eos_ids=set(eos_ids), vocab_size=vocab_size, **decoding)  # fmt: skip
+        else:
+            u = np.stack([uniforms(seed, name, max_new_tokens) for name in ids])
+            texts = write(model, asked, u, choose, set(eos_ids))
+        for j, text in zip(batch, texts, strict=True):
+            answers[j] = text
         if progress:
             progress(i + len(batch))
     return answers
