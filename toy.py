@@ -2,6 +2,7 @@
 
     python toy.py --seed=1                    # data/toy-1/: an untrained student and the three jsonl files below
     python toy.py --seed=1 --pretrain=true    # and pretrain that student: students/toy-1/, a Hugging Face folder
+    python toy.py --seed=1 --diffusion=true   # a masked-diffusion student made of it: students/toy-diffusion-1/
 
 A problem is a digit and four operations, from left to right, modulo 10: `3+5*2-7+4?`. Student and teacher both write a
 step per operation, `3+5=8; 8*2=6; 6-7=9; 9+4=3; >3`, but each has its own manner:
@@ -26,7 +27,7 @@ from pathlib import Path
 import data
 import model
 import train
-from config import InputError, command, whole_folder, write_json
+from config import InputError, command, read_json, whole_folder, write_json
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Config:
     seed: int = 1  # of the problems, the slips, the weights
     out: str = ""  # folder to write; default data/toy-<seed>
     pretrain: bool = False  # pretrain the student too, a minute or two on two CPU cores
-    student: str = ""  # where the pretrained student goes; default students/toy-<seed>
-    pretrain_steps: int = 1200  # batches of 64 fresh problems
+    diffusion: bool = False  # turn the pretrained student into a masked-diffusion one, five minutes
+    pretrain_steps: int = 1200  # batches of 64 fresh problems, for either
     teacher_problems: int = 200  # traces in teacher.jsonl
     unseen_problems: int = 300  # problems in unseen.jsonl
 
@@ -47,6 +48,7 @@ FAMILIAR_RATE = 0.5  # of the student's steps open with one of them
 TEACHER = ("hence", "wait", "ok", "check")  # the teacher's: one before every step
 TEACHER_RATE = 0.004  # of the student's steps open with one of those: next to unknown
 SLIP_RATE = 0.1  # how often the student carries a random digit into a step, so that it has something to learn
+BLOCK_LENGTH = 8  # tokens that the diffusion student writes together: about one step of a trace
 INIT_STD = 0.06  # of the weights: at 0.02, made for wide models, copying is learned late or never
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|mask|>")  # the mask is for diffusion students
 CHAT_TEMPLATE = (
@@ -157,6 +159,28 @@ def write_student(out, seed):
         model.save(model.Transformer(model.read_config(folder)).init_weights(seed, std=INIT_STD), folder, out)
 
 
+def write_diffusion_student(student, out):
+    """The same weights as a LLaDA2-like block-diffusion model without experts: how LLaDA2 was made of Ling.
+
+    Attention is block-causal from now on and position i predicts its own token, so it has to be trained again.
+    """
+    raw = read_json(Path(student) / "config.json")
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+              "tie_word_embeddings", "eos_token_id", "pad_token_id", "torch_dtype")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", {
+            "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", **{key: raw[key] for key in shared},
+            "use_qk_norm": True, "partial_rotary_factor": 1.0, "block_length": BLOCK_LENGTH,
+            "mask_token_id": data.load_tokenizer(student).mask_token_id,
+            "first_k_dense_replace": raw["num_hidden_layers"], "num_experts": 2, "num_experts_per_tok": 1,
+            "moe_intermediate_size": raw["intermediate_size"],
+        })  # fmt: skip
+        converted = model.Transformer(model.read_config(folder))
+    converted.load_state_dict(model.load(student).state_dict())
+    model.save(converted, student, out)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -179,7 +203,7 @@ def write_world(cfg, out):
             problems["unseen"].append(problem)
     with whole_folder(out) as folder:
         write_student(folder / "untrained", cfg.seed)
-        for name in problems if cfg.pretrain else ("teacher", "unseen"):
+        for name in problems if cfg.pretrain or cfg.diffusion else ("teacher", "unseen"):
             trace = student_trace if name == "pretrain" else teacher_trace
             lines = [{"id": i, "prompt": f"{p}?", "response": trace(rng[name], p), "answer": solve(p)}
                      for i, p in enumerate(problems[name])]  # fmt: skip
@@ -188,21 +212,27 @@ def write_world(cfg, out):
 
 
 def main(**given):
-    """Write the world, tokenised for train.py and eval.py, and pretrain its student if asked to."""
+    """Write the world, tokenised for train.py and eval.py, and pretrain its students if asked to."""
     cfg = Config(**given)
-    out = Path(cfg.out or f"data/toy-{cfg.seed}")
-    student = Path(cfg.student or f"students/toy-{cfg.seed}")
+    out, student = Path(cfg.out or f"data/toy-{cfg.seed}"), f"students/toy-{cfg.seed}"
     if min(cfg.teacher_problems, cfg.unseen_problems, cfg.pretrain_steps) < 1:
         raise InputError("--teacher_problems, --unseen_problems and --pretrain_steps must be at least 1")
     write_world(cfg, out)
-    untrained = str(out / "untrained")
     for path in sorted(out.glob("*.jsonl")):
-        data.main(source=str(path), tokenizer=untrained, out=str(out / path.stem), verifier="toy")
-    if not cfg.pretrain:
-        return
-    run = f"pretrain-toy-{cfg.seed}"
-    train.main(run=run, model=untrained, data=str(out / "pretrain"), steps=cfg.pretrain_steps, batch_size=64,
-               micro_batch_size=64, lr=3e-3, warmup_steps=20, weight_decay=0.1, seed=cfg.seed)  # fmt: skip
+        data.main(source=str(path), tokenizer=str(out / "untrained"), out=str(out / path.stem), verifier="toy")
+    if cfg.pretrain:
+        pretrain(cfg, out / "untrained", out / "pretrain", student, weight_decay=0.1)
+    if cfg.diffusion:
+        write_diffusion_student(student, out / "converted")
+        # all noise levels: of a whole answer nothing is known at the start
+        pretrain(cfg, out / "converted", out / "pretrain", f"students/toy-diffusion-{cfg.seed}", t_min=0.0, t_max=1.0)
+
+
+def pretrain(cfg, start, examples, student, **keys):
+    """Train the model `start` on the student's traces by train.py and keep only what comes out, in `student`."""
+    run = f"pretrain-{Path(student).name}"
+    train.main(run=run, model=str(start), data=str(examples), steps=cfg.pretrain_steps, batch_size=64,
+               micro_batch_size=64, lr=3e-3, warmup_steps=20, seed=cfg.seed, **keys)  # fmt: skip
     last = Path("runs") / run / "checkpoints" / f"{cfg.pretrain_steps:06d}"
     model.save(model.load(last), last, student)
     shutil.rmtree(Path("runs") / run)
