@@ -14,6 +14,7 @@ Shapes: B batch, T tokens, S cached tokens, C hidden_size, H query heads, K key/
 V vocabulary, E experts, N rows of a flattened batch. Next: train.py.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -28,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from config import InputError, read_json, whole_folder, write_json
 
@@ -309,6 +311,14 @@ class Cache:
         self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
 
 
+@functools.cache
+def flex():
+    """Attention that computes only the blocks a BlockMask lists. Eager, it would make all T x T scores: so compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -334,7 +344,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         H, K = q.shape[1], k.shape[1]
-        if T == 1:  # one query: let the H/K heads of a group be its "tokens", so no key or value is copied
+        if mask is not None and not isinstance(mask, torch.Tensor):  # a BlockMask
+            y = flex()(q, k, v, block_mask=mask, enable_gqa=H != K)
+        elif T == 1:  # one query: let the H/K heads of a group be its "tokens", so no key or value is copied
             y = F.scaled_dot_product_attention(q.view(B, K, H // K, -1), k, v, attn_mask=mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
@@ -424,6 +436,8 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
+    checkpoint_activations = False  # True: keep a block's input only, and compute the rest again on the way back
+
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -432,6 +446,12 @@ class Block(nn.Module):
         self.mlp = MoE(config) if layer in config.moe_layers else MLP(config, config.intermediate_size)
 
     def forward(self, x, cos, sin, mask, causal, cache):
+        # in here, not around the block: so it lies within what torch.compile and FSDP see as one block
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, cos, sin, mask, causal, cache, use_reentrant=False)
+        return self.compute(x, cos, sin, mask, causal, cache)
+
+    def compute(self, x, cos, sin, mask, causal, cache):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, causal, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -503,14 +523,28 @@ class Transformer(nn.Module):
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
         return self
 
+    def flops(self, tokens, scored, pairs):
+        """Floating-point operations of a training step: 6 for every weight that multiplies a token (forward 2, back 4).
+
+        tokens go through the blocks, `scored` positions through the head, and `pairs` of a query and a key that it
+        sees, 12 * H * D each and layer, are attention's two products. Of the experts those count that a token visits.
+        What activation checkpointing computes again is no progress and does not count (arXiv 2204.02311, appendix B).
+        """
+        c, weights = self.config, 0
+        for name, parameter in self.model.layers.named_parameters():
+            if parameter.dim() > 1:
+                weights += parameter.numel() * (c.num_experts_per_tok / c.num_experts if ".experts." in name else 1)
+        attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+        return 6 * (weights * int(tokens) + c.vocab_size * c.hidden_size * int(scored)) + attention * int(pairs)
+
     def forward(self, ids, targets=None, *, positions=None, attention=None, cache=None, rows=None):
         """ids (B, T) int64 -> logits (B, T, V), or with `targets` the negative log-likelihood (B, T) in float32.
 
         targets    (B, T): position i is scored on targets[:, i] (an autoregressive caller shifts, a diffusion caller
                    does not); where it is -100 the result is 0 and no logits are computed.
         positions  (B, T): for RoPE and the cache; default 0..T-1.
-        attention  "causal", "full", "block", or bool (broadcastable to B, 1, T, S), True = may be seen; default: the
-                   family's own.
+        attention  "causal", "full", "block", or bool (broadcastable to B, 1, T, S), True = may be seen, or a BlockMask
+                   of flex_attention; default: the family's own.
         cache      a Cache: keys and values are written at `positions`, and older ones are seen.
         rows       (B,) or (B, R): return logits (B, 1 or R, V) of these positions of each sequence only.
         """

@@ -4,12 +4,15 @@
     python select.py --run=sft --rule=t3s                                # bottleneck, delta, which tokens to keep
     python train.py --run=t3s --selection=runs/sft/selection/t3s         # pass 2: all else inherited from pass 1
     torchrun --nproc_per_node=8 -- train.py --run=...                    # the same commands, sharded over 8 GPUs
+    python train.py --run=sft --resume=true                              # go on after whatever stopped it: resume.py
+    python train.py --model=M --dry_run=true --gpus=8                    # what would it need? memory.py
 
-M is a Hugging Face folder or hub id, D a folder made by data.py. Everything lands in runs/<run>/: config.json,
-log.jsonl (a line per step), checkpoints/ (ordinary Hugging Face folders), trajectory/ (log-probability of every
-response token, and train accuracy, at each recorded checkpoint). Next: select.py.
+M is a Hugging Face folder or hub id, autoregressive or masked-diffusion, D a folder made by data.py. Everything lands
+in runs/<run>/: config.json, log.jsonl (a line per step), checkpoints/ (ordinary Hugging Face folders), trajectory/
+(log-probability of every response token, and train accuracy, at each recorded checkpoint). Next: select.py.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -26,14 +29,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 import data
+import diffusion
 import eval as evaluation
+import memory
 import model
+import resume
 from config import InputError, command, load_select, read_json, whole_file, write_json
+from packing import causal_within, collate_rows, pack
+from parallel import all_reduce, decide, gather, grad_norm, parallelize, rank, start_processes, stop, world_size
 
 
 @dataclass
@@ -47,7 +52,6 @@ class Config:
     # optimisation
     steps: int = 50  # optimizer steps
     batch_size: int = 64  # examples in an optimizer step, over all processes; 0: all of them
-    micro_batch_size: int = 8  # examples in one forward pass of one process; changes memory and speed, not results
     lr: float = 1e-5  # peak learning rate of AdamW
     schedule: str = "cosine"  # after the warm-up: cosine (to 0) or constant
     warmup_steps: int = 0  # linear from 0
@@ -55,10 +59,24 @@ class Config:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.999  # AdamW
     clip: float = 1.0  # largest gradient norm; 0: no clipping
+    seed: int = 0  # order of the examples, noise, sampling
+    # diffusion students: diffusion.corrupt_batch says what each means
+    objective: str = ""  # llada, llada_pretrain or block; default: the fine-tuning loss of the family
+    forced_weight: str = "one"  # of a token that the selection forces, under a 1/p loss: one or t
+    weighting: str = ""  # of block: mean (default) or 1/t
+    t_min: float = -1.0  # least noise level; -1: the objective's own
+    t_max: float = -1.0  # greatest
+    complementary: bool = False  # each example twice, with a mask and with its complement
+    confidence_draws: int = 0  # recorded confidence: the mean of so many random masks; 0: one, the whole response
+    # memory and speed, not results
+    micro_batch_size: int = 8  # rows in one forward pass of one process
+    packing: bool = False  # several examples in a row, each attending to itself only (autoregressive students)
+    max_row_tokens: int = 0  # of a packed row; 0: as the longest example
+    checkpoint_activations: bool = False  # keep the input of each block only, compute the rest again: less memory
     dtype: str = "float32"  # of the computation: float32 or bfloat16; weights and optimizer state stay float32
     device: str = ""  # cpu, cuda, ...; default: cuda if there is one
     compile: bool = False  # torch.compile each block
-    seed: int = 0  # order of the examples, noise, sampling
+    timeout: int = 600  # seconds that processes wait for one another before they give up
     # recording
     record_every: int = 0  # record trajectory and accuracy every so many steps, and at 0 and the end; 0: never
     samples: int = 1  # answers sampled per problem for an accuracy
@@ -66,7 +84,46 @@ class Config:
     top_p: float = 1.0  # of those answers
     top_k: int = 0  # of those answers; 0: no limit
     max_new_tokens: int = 1024  # length limit of those answers
+    block_length: int = 0  # this and the next six, diffusion students only: eval.py --help
+    denoising_steps: int = 0
+    threshold: float = 0.0
+    remasking: str = "low_confidence"
+    cfg_scale: float = 0.0
+    eos_rule: str = "free"
+    edit_threshold: float = -1.0
     save_every: int = 0  # keep a checkpoint every so many steps; the bottleneck and the last are kept in any case
+    # what if it stops
+    resume: bool = False  # go on from the newest complete resume state of this run; unset keys are the run's own
+    allow_changes: bool = False  # resume although data, selection or keys have changed
+    resume_every: int = 0  # write a resume state every so many steps; 0: only at the end or when interrupted
+    keep_checkpoints: int = 2  # so many resume states are kept, the newest
+    # without training
+    dry_run: bool = False  # only print what memory it takes; needs config.json of the model, not its weights
+    gpus: int = 1  # of the dry run: number of processes
+    gpu_memory_gib: float = 80.0  # of the dry run: memory of each
+
+
+SAMPLING = evaluation.SAMPLING
+# with a student of the other kind (autoregressive, diffusion) than pass 1's, no other key of pass 1 is inherited
+OF_THE_EXPERIMENT = ("data", "eval_data", "seed", "record_every", "save_every", "samples", "max_new_tokens")
+NEVER_INHERITED = ("run", "selection", "resume", "allow_changes", "dry_run")
+
+
+@dataclass
+class Run:
+    """What every part of the loop works with."""
+
+    cfg: Config
+    device: torch.device
+    folder: Path  # runs/<run>
+    source: Path  # the Hugging Face folder of theta_0
+    shape: model.Config
+    tokenizer: data.Tokenizer
+    train_set: data.Data
+    eval_set: data.Data | None
+    selected: np.ndarray | None  # (n_tokens,) bool: what stays in the loss (AR), what is always masked (diffusion)
+    student: model.Transformer | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,59 +133,59 @@ class Config:
 def main(**given):
     """Train one run. Keys are Config's; raises InputError for whatever cannot work, before anything is written."""
     cfg = resolve(given)
-    rank, world, device = start_processes(cfg)
-    source = model.local_folder(cfg.model)
-    if model.read_config(source).is_diffusion:
-        raise InputError(f"{source}: masked-diffusion students cannot be trained yet")
-    tokenizer = data.load_tokenizer(source)
-    train_set, eval_set = load_data(cfg.data, tokenizer), load_data(cfg.eval_data, tokenizer)
-    keep = load_select().load_mask(cfg.selection, train_set) if cfg.selection else None  # (n_tokens,) bool
-    folder = start_run(cfg, rank, device, tokenizer, train_set)
-    student = model.load(source, device, shard=lambda m: parallelize(cfg, m, world, device))
-    optimizer = make_optimizer(cfg, student)
-    if rank == 0:
-        describe(cfg, student, train_set, keep, device, world)
+    if cfg.dry_run:
+        return memory.dry_run(cfg)
+    run = read_inputs(cfg)
+    folder, device = run.folder, run.device
+    with resume.lock(folder), Interrupt() as interrupt:
+        changed = start_run(run)
+        first = resume.newest(folder) if cfg.resume else 0
+        lowest, accuracy = decide(lambda: resume.rewind(cfg, folder, first, changed))
+        student = run.student = model.load(run.source, device, shard=lambda m: parallelize(cfg, m, device))
+        optimizer = run.optimizer = make_optimizer(cfg, student)
+        if first:
+            resume.load(folder, first, student, optimizer)
+        describe(run, first)
+        started = time.time()
+        with open(folder / "log.jsonl" if rank() == 0 else os.devnull, "a", encoding="utf-8") as log:
+            for step in range(first, cfg.steps + 1):  # theta_step: the student after so many updates
+                asked = all_reduce(interrupt.asked, device) > 0
+                last = asked or step == cfg.steps
+                if step > first and (last or (cfg.resume_every and step % cfg.resume_every == 0)):
+                    resume.save(folder, student, optimizer, step, cfg.keep_checkpoints)
+                if cfg.record_every and not asked and (step % cfg.record_every == 0 or last):
+                    recorded = record(run, step)
+                    write_log(log, recorded)
+                    accuracy = recorded["accuracy"]
+                    if step and accuracy is not None and (lowest is None or accuracy < lowest[0]):
+                        model.save(student, run.source, checkpoint(folder, step))  # the bottleneck so far
+                        if rank() == 0:
+                            remove_checkpoint(cfg, folder, lowest)
+                        lowest = (accuracy, step)
+                keep = last or (cfg.save_every and step % cfg.save_every == 0)
+                if step and keep and not exists(checkpoint(folder, step)):
+                    model.save(student, run.source, checkpoint(folder, step))
+                if last:
+                    break
 
-    lowest, accuracy, started = None, None, time.time()
-    log_path = folder / "log.jsonl" if rank == 0 else os.devnull
-    with Interrupt() as interrupt, open(log_path, "a", encoding="utf-8") as log:
-        for step in range(cfg.steps + 1):
-            stop = all_reduce(interrupt.asked, device) > 0
-            last = stop or step == cfg.steps
-            if cfg.record_every and not stop and (step % cfg.record_every == 0 or last):
-                recorded = record(cfg, student, tokenizer, train_set, eval_set, folder, step)
-                write_log(log, recorded)
-                accuracy = recorded["accuracy"]
-                if step and accuracy is not None and (lowest is None or accuracy < lowest[0]):
-                    model.save(student, source, checkpoint(folder, step))  # the bottleneck so far
-                    if rank == 0:
-                        remove_checkpoint(cfg, folder, lowest)
-                    lowest = (accuracy, step)
-            if last or (cfg.save_every and step and step % cfg.save_every == 0):
-                if step and not checkpoint(folder, step).exists():
-                    model.save(student, source, checkpoint(folder, step))
-            if last:
-                break
-
-            tick = time.time()
-            lr = learning_rate(cfg, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batches = micro_batches(cfg, train_set, keep, step, rank, world, device)
-            done = train_step(cfg, student, optimizer, batches, step)
-            done.update(lr=lr, seconds=round(time.time() - tick, 4))
-            write_log(log, done)
-            if rank == 0:
-                show(cfg, done, accuracy, started)
-    if rank == 0:
+                tick = time.time()
+                lr = learning_rate(cfg, step)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                done = train_step(cfg, student, optimizer, micro_batches(run, step), step)
+                seconds = time.time() - tick
+                done.update(lr=lr, seconds=round(seconds, 4), **memory.mfu(cfg, device, done.pop("flops"), seconds))
+                write_log(log, done)
+                show(cfg, done, accuracy, (time.time() - started) / (step + 1 - first))
+    if rank() == 0:
         state = f"stopped at step {step} of {cfg.steps}" if step < cfg.steps else "done"
         saved = checkpoint(folder, step) if step else "none"
         lead = "\n" if sys.stdout.isatty() else ""
         print(f"{lead}{state}: {folder} ({time.time() - started:.0f} s), last checkpoint: {saved}")
 
 
-def micro_batches(cfg, train_set, keep, step, rank, world, device):
-    """This process's share of optimizer step `step`, cut into forward passes of examples of similar length.
+def micro_batches(run, step):
+    """This process's share of optimizer step `step`, cut into forward passes of rows of similar length.
 
     Which examples make the step is a pure function of (cfg.seed, step), whatever the number of processes. Every
     process gets the same number of micro-batches (an empty one counts 0), since every forward pass is collective.
@@ -139,30 +196,68 @@ def micro_batches(cfg, train_set, keep, step, rank, world, device):
     targets    (B, T) int64, -100 where nothing is scored   weights (B, T) float32 on the NLL; None: all 1
     positions, attention   as Transformer.forward takes them; None: its defaults
     """
+    cfg, train_set = run.cfg, run.train_set
     chosen = data.step_examples(len(train_set), cfg.batch_size, step, cfg.seed)
     length = train_set.spans[chosen, 2] - train_set.spans[chosen, 0]
-    chosen = chosen[np.argsort(-length, kind="stable")]
-    most, mine = -(-len(chosen) // world), chosen[rank::world]
     batches = []
-    for i in range(0, most, cfg.micro_batch_size):
-        examples = mine[i : i + cfg.micro_batch_size]
-        ids, targets = data.collate(train_set, examples, keep)  # (B, T) each
-        batches.append({
-            "examples": examples,
-            "ids": torch.as_tensor(ids, device=device),
-            "targets": torch.as_tensor(targets, device=device),
-            "weights": None, "positions": None, "attention": None,
-            "tokens": int((train_set.spans[examples, 2] - train_set.spans[examples, 0]).sum()),
-            "count": float((targets != -100).sum()),
-        })  # fmt: skip
+    for rows in shares(run, chosen):
+        if run.shape.is_diffusion:
+            batch = diffusion.corrupt_batch(
+                run.shape, train_set, np.array([i for row in rows for i in row], dtype=np.int64), forced=run.selected,
+                seed=cfg.seed, step=step, length=int(length.max()), device=run.device, objective=cfg.objective,
+                forced_weight=cfg.forced_weight, weighting=cfg.weighting, t_min=cfg.t_min, t_max=cfg.t_max,
+                complementary=cfg.complementary)  # fmt: skip
+        else:
+            batch = next_token_batch(run, rows, run.selected)
+        batches.append(batch)
     return batches
+
+
+def shares(run, examples):
+    """Examples -> one list of rows for each forward pass of this process; a row is a list of examples.
+
+    Longest first, so that rows of a pass are of similar length, and dealt out to the processes like cards.
+    """
+    size = run.train_set.spans[examples, 2] - run.train_set.spans[examples, 0]
+    if run.cfg.packing:
+        rows = [[int(examples[i]) for i in row] for row in pack(size, run.cfg.max_row_tokens)]
+    else:
+        rows = [[int(i)] for i in examples[np.argsort(-size, kind="stable")]]
+    most, mine = -(-len(rows) // world_size()), rows[rank() :: world_size()]
+    return [mine[i : i + run.cfg.micro_batch_size] for i in range(0, most, run.cfg.micro_batch_size)]
+
+
+def next_token_batch(run, rows, keep=None):
+    """Rows -> the micro-batch on which an autoregressive student predicts each (kept) response token."""
+    examples = np.array([i for row in rows for i in row], dtype=np.int64)
+    size = run.train_set.spans[examples, 2] - run.train_set.spans[examples, 0]
+    positions, attention = None, None
+    if run.cfg.packing:
+        ids, targets, positions, segments = collate_rows(run.train_set, rows, keep)  # (B, T) each
+        positions = torch.as_tensor(positions, device=run.device)
+        attention = causal_within(torch.as_tensor(segments, device=run.device))
+    else:
+        ids, targets = data.collate(run.train_set, examples, keep)  # (B, T) each
+    return {
+        "examples": examples, "weights": None, "positions": positions, "attention": attention,
+        "ids": torch.as_tensor(ids, device=run.device), "targets": torch.as_tensor(targets, device=run.device),
+        "tokens": int(size.sum()), "count": float((targets != -100).sum()),
+        "slots": ids.size, "unpacked_slots": padded_slots(size, run.cfg.micro_batch_size),
+        "flops": run.student.flops(size.sum(), (targets != -100).sum(), (size * (size + 1) // 2).sum()),
+    }  # fmt: skip
+
+
+def padded_slots(size, rows):
+    """Positions of a forward pass that examples of these sizes take, one a row, `rows` at a time, longest first."""
+    size = np.sort(size)[::-1]
+    return int(sum(size[i] * len(size[i : i + rows]) for i in range(0, len(size), rows)))
 
 
 def train_step(cfg, student, optimizer, batches, step):
     """One update: loss = sum of weighted NLL / sum of counts of the whole step, never a mean of means.
 
-    Both sums run over all micro-batches and processes. Returns the log line. Raises InputError, before the weights
-    are touched, if the loss or the gradient norm is not finite; the message names the examples at fault.
+    Both sums run over all micro-batches and processes. Returns the log line. Stops every process with one message,
+    before the weights are touched, if the loss or the gradient norm is not finite; it names the examples at fault.
     """
     device = batches[0]["ids"].device
     normaliser = all_reduce(sum(b["count"] for b in batches), device)
@@ -174,69 +269,28 @@ def train_step(cfg, student, optimizer, batches, step):
         loss = weighted.sum() / (normaliser or 1)  # no supervised token at all: loss 0, gradient 0
         loss.backward()
         losses.append(loss.item())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    loss, grad_norm = all_reduce(math.fsum(losses), device), norm.item()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    norm = grad_norm(student)
+    loss = all_reduce(math.fsum(losses), device)
+    if not (math.isfinite(loss) and math.isfinite(norm.item())):
         bad = [b["examples"].tolist() for b, value in zip(batches, losses, strict=True) if not math.isfinite(value)]
+        bad = [examples for part in gather(bad) for examples in part]
         where = f"; not finite in the micro-batch of examples {bad[0]}" if bad else ""
-        raise InputError(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}{where}; stopped, nothing saved")
+        stop(f"step {step + 1}: loss {loss}, gradient norm {norm.item()}{where}; stopped, nothing saved")
     if cfg.clip:
         torch.nn.utils.clip_grads_with_norm_(student.parameters(), cfg.clip, norm)
     optimizer.step()
-    tokens = all_reduce(sum(b["tokens"] for b in batches), device)
-    supervised = all_reduce(sum(int((b["targets"] != -100).sum()) for b in batches), device)
-    return {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "tokens": int(tokens),
-            "supervised": int(supervised)}  # fmt: skip
 
+    def total(key):
+        return int(all_reduce(sum(b.get(key, 0) for b in batches), device))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
-
-
-def start_processes(cfg):
-    """torchrun's processes, or just this one -> (rank, number of processes, device)."""
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        elif cfg.dtype != "float32":  # FSDP gives us mixed precision too, and wants a group, be it of one
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
-
-
-def parallelize(cfg, student, world, device):
-    """Compile each block, then cut it over the processes with FSDP2, then the rest (embedding, norm, head) as one.
-
-    Float32 shards and optimizer state; blocks compute in cfg.dtype. One float32 process needs none of it.
-    """
-    if cfg.compile:
-        for block in student.model.layers:
-            block.compile()  # before fully_shard, whose hooks would break the graph; parameter names stay
-    if world == 1 and cfg.dtype == "float32":
-        return
-    mesh = init_device_mesh(device.type, (world,))
-    # cast_forward_inputs would round RoPE's cos and sin to bfloat16
-    policy = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32, cast_forward_inputs=False)
-    for part in [*student.model.layers, student]:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-    for module in student.modules():
-        if isinstance(module, FSDPModule):  # plain sums: train_step has divided by the global token count already
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-
-
-def all_reduce(number, device):
-    """The sum of a number over all processes, in float64."""
-    if not dist.is_initialized():
-        return float(number)
-    total = torch.tensor(float(number), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.item()
+    supervised = int(all_reduce(sum(int((b["targets"] != -100).sum()) for b in batches), device))
+    line = {"step": step + 1, "loss": loss, "grad_norm": norm.item(), "tokens": total("tokens"),
+            "supervised": supervised, "flops": total("flops")}  # fmt: skip
+    if slots := total("slots"):  # the share of what was computed that is padding, and what it were without packing
+        line["padding"] = round(1 - line["tokens"] / slots, 4)
+        if cfg.packing:
+            line["padding_unpacked"] = round(1 - line["tokens"] / total("unpacked_slots"), 4)
+    return line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,47 +319,100 @@ def learning_rate(cfg, step):
 
 
 @torch.no_grad()
-def record(cfg, student, tokenizer, train_set, eval_set, folder, step):
+def record(run, step):
     """Write trajectory/<step>.npz and return the log line.
 
     A sweep of its own over all training examples, whatever is selected: c_t = log p(y_t | y_<t, x) is a property of
-    (checkpoint, data), not of batches. Train accuracy is that of sampled answers, graded by eval.py; None if an
-    example has no answer to compare with (then name the bottleneck yourself: select.py --bottleneck=STEP).
+    (checkpoint, data), not of batches; of a diffusion student it is diffusion.confidence. Train accuracy is that of
+    sampled answers, graded by eval.py; None if an example has no answer to compare with (then name the bottleneck
+    yourself: select.py --bottleneck=STEP).
     """
-    tick, device = time.time(), next(student.parameters()).device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    logprob = torch.zeros(len(train_set.tokens))  # each process fills in its examples
-    order = np.argsort(train_set.spans[:, 0] - train_set.spans[:, 2], kind="stable")  # longest first
-    for i in range(0, -(-len(order) // world), cfg.micro_batch_size):
-        examples = order[rank::world][i : i + cfg.micro_batch_size]
-        ids, targets = (torch.as_tensor(a, device=device) for a in data.collate(train_set, examples))
-        nll = student(ids, targets=targets).cpu()
-        for row, (start, prompt_end, end) in zip(nll, train_set.spans[examples], strict=False):
-            logprob[prompt_end:end] = -row[prompt_end - start - 1 : end - start - 1]  # position i predicts token i + 1
-    if world > 1:
-        total = logprob.to(device)
-        dist.all_reduce(total)  # exact: every other process holds a 0
-        logprob = total.cpu()
-    response = train_set.response_mask()
-    logprob = np.where(response, logprob.numpy(), np.float32(np.nan))
-    nll = -float(logprob[response].mean(dtype=np.float64))
-    if not math.isfinite(nll):
-        raise InputError(f"step {step}: a response token has probability 0 or nan under the student; nothing written")
-    keys = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
-    sampling = {key: getattr(cfg, key) for key in keys}
+    cfg, train_set, tick = run.cfg, run.train_set, time.time()
+    partial = run.folder / "trajectory" / f".{step:06d}.logprob"
+    nll = sweep(run, partial, step)
+    sampling = {key: getattr(cfg, key) for key in SAMPLING}
     accuracy, correct = None, np.full(len(train_set), np.nan, dtype=np.float32)
     if all(example["answer"] is not None for example in train_set.examples):
-        accuracy, rows = evaluation.evaluate(student, tokenizer, train_set, **sampling)
+        accuracy, rows = evaluation.evaluate(run.student, run.tokenizer, train_set, **sampling)
         correct = np.array([r["correct"] for r in rows], dtype=np.float32).reshape(len(train_set), -1).mean(1)
     line = {"step": step, "event": "record", "nll": nll, "accuracy": accuracy}
-    if eval_set is not None:
-        line["eval_accuracy"], _ = evaluation.evaluate(student, tokenizer, eval_set, **sampling)
-    if rank == 0:
-        path = folder / "trajectory" / f"{step:06d}.npz"
+    if run.eval_set is not None:
+        line["eval_accuracy"], _ = evaluation.evaluate(run.student, run.tokenizer, run.eval_set, **sampling)
+
+    def write():
+        path = partial.with_name(f"{step:06d}.npz")
+        logprob = np.memmap(partial, dtype="<f4", mode="r")
         with whole_file(path) as aside, open(aside, "wb") as file:
             np.savez(file, logprob=logprob, correct=correct, accuracy=np.nan if accuracy is None else accuracy,
-                     step=step, sha256=train_set.sha256, tokenizer_hash=tokenizer.hash)  # fmt: skip
+                     step=step, sha256=train_set.sha256, tokenizer_hash=run.tokenizer.hash)  # fmt: skip
+        partial.unlink()
+
+    decide(write)
     return {**line, "seconds": round(time.time() - tick, 4)}
+
+
+def sweep(run, partial, step):
+    """Fill the file `partial`, (n_tokens,) float32, with log-probabilities, nan at prompts -> mean NLL of a response.
+
+    Nothing is held for longer than a forward pass, so the data may be as large as the disk. A sweep that was
+    interrupted goes on with the passes it lacks, the same ones as before: every value is what it would have been.
+    """
+    spans = run.train_set.spans
+
+    def begin():
+        if not partial.exists() or partial.stat().st_size != 4 * len(run.train_set.tokens):
+            with whole_file(partial) as aside, open(aside, "wb") as file:
+                for i in range(0, len(run.train_set.tokens), 2**20):  # real blocks, so a full disk is noticed here
+                    file.write(np.full(min(2**20, len(run.train_set.tokens) - i), np.nan, dtype="<f4").tobytes())
+        stored = np.memmap(partial, dtype="<f4", mode="r")
+        return np.array([np.isfinite(stored[a:b]).all() for _, a, b in spans])
+
+    done = decide(begin)  # (n,) bool
+    for rows in shares(run, np.arange(len(spans))):
+        missing = any(not done[i] for row in rows for i in row)
+        if not any(gather(missing)):
+            continue
+        parts = [None] * world_size()
+        scored = list(score(run, rows))  # (example, (response tokens,) float32)
+        if dist.is_initialized():
+            dist.gather_object(scored, parts if rank() == 0 else None)
+        else:
+            parts = [scored]
+        if rank() == 0:
+            with open(partial, "rb+") as file:
+                for example, logprob in (pair for part in parts for pair in part):
+                    file.seek(4 * spans[example, 1])
+                    file.write(logprob.astype("<f4").tobytes())
+
+    def finish():
+        stored = np.memmap(partial, dtype="<f4", mode="r")
+        total = math.fsum(float(stored[a:b].sum(dtype=np.float64)) for _, a, b in spans)
+        if not math.isfinite(total):
+            partial.unlink()
+            raise InputError(f"step {step}: a response token has probability 0 or nan under the student; "
+                             "nothing written")  # fmt: skip
+        return -total / int((spans[:, 2] - spans[:, 1]).sum())
+
+    return decide(finish)
+
+
+def score(run, rows):
+    """Log-probability of the response tokens of each example in `rows`: yields (example, (n,) float32)."""
+    examples = np.array([i for row in rows for i in row], dtype=np.int64)
+    if run.shape.is_diffusion:
+        cfg = run.cfg
+        found = diffusion.confidence(run.student, run.train_set, examples, draws=cfg.confidence_draws, seed=cfg.seed)
+        yield from zip(examples.tolist(), found, strict=True)
+        return
+    batch = next_token_batch(run, rows)
+    nll = run.student(batch["ids"], batch["targets"], positions=batch["positions"], attention=batch["attention"])
+    nll = nll.cpu().numpy()  # (B, T): position i predicts token i + 1
+    for row, packed in enumerate(rows):
+        at = 0
+        for example in packed:
+            start, prompt_end, end = run.train_set.spans[example]
+            yield example, -nll[row, at + prompt_end - start - 1 : at + end - start - 1]
+            at += end - start
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,29 +420,79 @@ def record(cfg, student, tokenizer, train_set, eval_set, folder, step):
 
 
 def resolve(given):
-    """The keys given -> a complete, checked Config; with a selection, what is not given is pass 1's."""
-    inherited = {}
-    if given.get("selection"):
-        pass1 = Path(given["selection"]).parent.parent / "config.json"
-        inherited = {k: v for k, v in read_json(pass1)["config"].items() if k not in ("run", "selection")}
-    known = {f.name for f in fields(Config)}
-    unknown = sorted((set(given) | set(inherited)) - known)
+    """The keys given -> a complete Config. What is not given comes from the run that is resumed, or, with a selection,
+    from pass 1; which of its keys is said here and printed."""
+    unknown = sorted(set(given) - {f.name for f in fields(Config)})
     if unknown:
         raise InputError(f"unknown key {unknown[0]}")
+    inherited = {}
+    if given.get("resume") and (Path("runs") / given.get("run", "") / "config.json").is_file():
+        inherited = read_keys(Path("runs") / given["run"] / "config.json")
+    elif given.get("selection"):
+        inherited = of_pass_1(given)
     cfg = Config(**{**inherited, **given})
-    for key, value in given.items():
-        if key in inherited and inherited[key] != value:
-            print(f"differs from pass 1: {key} = {value} (pass 1: {inherited[key]})")
-    for key in ("run", "model", "data"):
+    for key in ("model",) if cfg.dry_run else ("run", "model", "data"):
         if not getattr(cfg, key):
             raise InputError(f"--{key} is missing (--help lists the keys)")
     for key, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16"))):
         if getattr(cfg, key) not in allowed:
             raise InputError(f"--{key}={getattr(cfg, key)}: must be {' or '.join(allowed)}")
-    for key in ("steps", "micro_batch_size", "samples", "max_new_tokens"):
+    for key in ("steps", "micro_batch_size", "samples", "max_new_tokens", "keep_checkpoints", "timeout", "gpus"):
         if getattr(cfg, key) < 1:
             raise InputError(f"--{key}={getattr(cfg, key)}: must be at least 1")
     return cfg
+
+
+def read_keys(path):
+    """The keys of a run, from its config.json."""
+    found = read_json(path)["config"]
+    unknown = sorted(set(found) - {f.name for f in fields(Config)})
+    if unknown:
+        raise InputError(f"{path}: unknown key {unknown[0]}")
+    return {key: value for key, value in found.items() if key not in ("resume", "allow_changes", "dry_run")}
+
+
+def of_pass_1(given):
+    """What pass 2 takes over from the run its selection came from.
+
+    A student of the same kind: every key but --run and --selection; those given differently are printed. A student of
+    the other kind (a diffusion student trained with an autoregressive selector's choice): only what describes the
+    experiment, since a learning rate or a number of steps that suit the one say nothing about the other; --model must
+    then be given.
+    """
+    pass1 = read_keys(Path(given["selection"]).parent.parent / "config.json")
+    kind = read_json(Path(given["selection"]) / "config.json").get("kind")
+    inherited = {key: value for key, value in pass1.items() if key not in NEVER_INHERITED}
+    other = given.get("model", pass1["model"])
+    is_diffusion = [model.read_config(model.local_folder(m)).is_diffusion for m in (pass1["model"], other)]
+    if kind == "force" and not is_diffusion[1]:
+        raise InputError(f"{given['selection']}: a force selection is for a diffusion student, and {other} is "
+                         "autoregressive; name one with --model")  # fmt: skip
+    if is_diffusion[0] != is_diffusion[1]:
+        inherited = {key: pass1[key] for key in OF_THE_EXPERIMENT}
+        names = ("a diffusion", "an autoregressive") if is_diffusion[0] else ("an autoregressive", "a diffusion")
+        shown = " ".join(f"{key}={value}" for key, value in inherited.items() if key not in given)
+        print(f"pass 1 was {names[0]} student's, this is {names[1]} one; inherited: {shown}; all else is as given or "
+              "by default")  # fmt: skip
+    for key, value in given.items():
+        if key in inherited and inherited[key] != value:
+            print(f"differs from pass 1: {key} = {value} (pass 1: {inherited[key]})")
+    return inherited
+
+
+def read_inputs(cfg):
+    """All that a run reads but the weights, checked to belong together."""
+    device = start_processes(cfg)
+    source = model.local_folder(cfg.model)
+    shape, tokenizer = model.read_config(source), data.load_tokenizer(source)
+    if shape.is_diffusion:
+        diffusion.check_objective(shape, cfg.objective, cfg.forced_weight, cfg.weighting, cfg.t_min, cfg.t_max)
+    if shape.is_diffusion and cfg.packing:
+        raise InputError("--packing=true is for autoregressive students: a diffusion objective lays out its own rows")
+    train_set, eval_set = load_data(cfg.data, tokenizer), load_data(cfg.eval_data, tokenizer)
+    kind = "force" if shape.is_diffusion else "keep"
+    selected = load_select().load_mask(cfg.selection, train_set, kind) if cfg.selection else None
+    return Run(cfg, device, Path("runs") / cfg.run, source, shape, tokenizer, train_set, eval_set, selected)
 
 
 def load_data(folder, tokenizer):
@@ -348,29 +505,58 @@ def load_data(folder, tokenizer):
     return loaded
 
 
-def start_run(cfg, rank, device, tokenizer, train_set):
-    """Make runs/<run>/ with its config.json; a run that is already there is never written over."""
-    folder = Path("runs") / cfg.run
-    if all_reduce((folder / "config.json").exists(), device):
-        raise InputError(f"{folder}: this run exists; give --run another name, or delete the folder")
-    if rank:
-        return folder
-    (folder / "trajectory").mkdir(parents=True, exist_ok=True)
+def start_run(run):
+    """Write runs/<run>/config.json -> has anything changed since it was written?
+
+    A run that is already there is never written over. With --resume=true it is gone on with, if keys, data, tokenizer
+    and selection are what they were; with --allow_changes=true whatever they are, and config.json says so.
+    """
+    cfg, folder, sha256 = run.cfg, run.folder, hashlib.sha256
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    write_json(folder / "config.json", {
-        "config": asdict(cfg), "command": sys.argv, "versions": versions, "git": commit,
-        "sha256": train_set.sha256, "tokenizer_hash": tokenizer.hash,
-    })  # fmt: skip
-    return folder
+    keys = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "allow_changes")}
+    now = {
+        "config": keys, "command": sys.argv, "git": commit,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "sha256": run.train_set.sha256, "tokenizer_hash": run.tokenizer.hash,
+        "eval_sha256": run.eval_set and run.eval_set.sha256,
+        "selection_sha256": None if run.selected is None else sha256(np.packbits(run.selected)).hexdigest(),
+        "model_sha256": sha256(json.dumps(run.shape.raw, sort_keys=True).encode()).hexdigest(),
+    }  # fmt: skip
+
+    def write():
+        path = folder / "config.json"
+        if not path.exists():
+            (folder / "trajectory").mkdir(exist_ok=True)
+            write_json(path, now)
+            return False
+        if not cfg.resume:
+            raise InputError(f"{folder}: this run exists; --resume=true goes on with it, or give --run another name, "
+                             "or delete the folder")  # fmt: skip
+        before = read_json(path)
+        changes = resume.differences(before, now)
+        if changes and not cfg.allow_changes:
+            text = "; ".join(f"{key}: then {then}, now {value}" for key, then, value in changes)
+            raise InputError(f"{folder}: not the run it was ({text}); --allow_changes=true goes on all the same")
+        if commit != before.get("git"):
+            print(f"the code is not the one that started this run: {before.get('git')}, now {commit}")
+        history = [*before.get("resumed", []), {"command": sys.argv, "git": commit, "changes": changes}]
+        write_json(path, {**now, "command": before["command"], "git": before.get("git"), "resumed": history})
+        return bool(changes)
+
+    return decide(write)
 
 
 def checkpoint(folder, step):
     return folder / "checkpoints" / f"{step:06d}"
+
+
+def exists(path):
+    """On process 0's disk."""
+    return decide(path.exists)
 
 
 def remove_checkpoint(cfg, folder, lowest):
@@ -384,29 +570,44 @@ def write_log(log, line):
     log.flush()
 
 
-def describe(cfg, student, train_set, keep, device, world):
-    parameters = sum(p.numel() for p in student.parameters())
+def describe(run, first):
+    if rank():
+        return
+    cfg, train_set = run.cfg, run.train_set
+    parameters = sum(p.numel() for p in run.student.parameters())
     supervised = int((train_set.spans[:, 2] - train_set.spans[:, 1]).sum())
     a_step = min(cfg.batch_size or len(train_set), len(train_set))
-    print(f"{cfg.run}: {parameters:,} parameters on {world} x {device.type}, {len(train_set)} examples, {a_step} of "
-          f"them a step, {supervised:,} response tokens")  # fmt: skip
-    if keep is not None:
-        print(f"selection {cfg.selection}: {keep.sum():,} tokens = {keep.sum() / supervised:.1%} stay in the loss")
+    print(f"{cfg.run}: {parameters:,} parameters on {world_size()} x {run.device.type}, {len(train_set)} examples, "
+          f"{a_step} of them a step, {supervised:,} response tokens")  # fmt: skip
+    if run.selected is not None:
+        what = "are always masked" if run.shape.is_diffusion else "stay in the loss"
+        chosen = int(run.selected.sum())
+        print(f"selection {cfg.selection}: {chosen:,} tokens = {chosen / supervised:.1%} {what}")
+    if cfg.packing:
+        size = train_set.spans[:, 2] - train_set.spans[:, 0]
+        rows = [sum(size[i] for i in row) for row in pack(size, cfg.max_row_tokens)]
+        slots = [padded_slots(np.array(rows_of), cfg.micro_batch_size) for rows_of in (size, rows)]
+        print(f"packing: {len(train_set)} examples in {len(rows)} rows; padding {1 - size.sum() / slots[0]:.1%} of "
+              f"all positions without it, {1 - size.sum() / slots[1]:.1%} with it")  # fmt: skip
     defaults = Config()
     changed = {k: v for k, v in asdict(cfg).items() if v != getattr(defaults, k) and k not in ("run", "selection")}
     print(" ".join(f"{k}={v}" for k, v in changed.items()))
+    if cfg.resume:
+        print(f"resumed at step {first} of {cfg.steps}" if first else "no resume state yet: from the beginning")
 
 
-def show(cfg, done, accuracy, started):
+def show(cfg, done, accuracy, seconds_a_step):
     """The status line: rewritten in place on a terminal, otherwise about twenty lines a run."""
     terminal, step = sys.stdout.isatty(), done["step"]
-    if not terminal and step % max(1, cfg.steps // 20) and step != cfg.steps:
+    if rank() or (not terminal and step % max(1, cfg.steps // 20) and step != cfg.steps):
         return
-    left = (time.time() - started) / step * (cfg.steps - step)
     shown = "-" if accuracy is None else f"{accuracy:.3f}"
     text = (f"step {step}/{cfg.steps} | loss {done['loss']:.4f} | accuracy {shown}"
             f" | grad norm {done['grad_norm']:.2f} | lr {done['lr']:.1e}"
-            f" | {done['tokens'] / max(done['seconds'], 1e-9):,.0f} tokens/s | {left:.0f} s left")  # fmt: skip
+            f" | {done['tokens'] / max(done['seconds'], 1e-9):,.0f} tokens/s"
+            + (f" | mfu {done['mfu']:.1%}" if "mfu" in done else "")
+            + (f" | padding {done['padding']:.0%} (unpacked {done['padding_unpacked']:.0%})" if cfg.packing else "")
+            + f" | {seconds_a_step * (cfg.steps - step):.0f} s left")  # fmt: skip
     print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
 
 

@@ -1,0 +1,128 @@
+"""Processes: how a model is cut over them (FSDP2), and how they speak with one voice.
+
+    torchrun --nproc_per_node=8 -- train.py --run=...                                     # one node
+    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -- train.py --run=...
+
+One process is the same program: every function here then does the obvious thing. gloo on CPU, NCCL on GPUs; all of it
+is torch.distributed's, nothing is home-made. Next: resume.py.
+"""
+
+import math
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from config import InputError
+
+
+def start_processes(cfg):
+    """torchrun's processes, or just this one -> the device of this process.
+
+    A process that waits for the others longer than cfg.timeout gives up; torchrun then ends the rest.
+    """
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=cfg.timeout)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        elif cfg.dtype != "float32":  # FSDP gives us mixed precision too, and wants a group, be it of one
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def parallelize(cfg, student, device):
+    """Cut each block over the processes with FSDP2, then the rest (embedding, norm, head) as one.
+
+    Float32 shards and optimizer state; blocks compute in cfg.dtype. One float32 process needs none of it.
+    """
+    for block in student.model.layers:
+        block.checkpoint_activations = cfg.checkpoint_activations
+        if cfg.compile:
+            block.compile()  # before fully_shard, whose hooks would break the graph; parameter names stay
+    if world_size() == 1 and cfg.dtype == "float32":
+        return
+    mesh = init_device_mesh(device.type, (world_size(),))
+    # cast_forward_inputs would round RoPE's cos and sin to bfloat16
+    policy = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32, cast_forward_inputs=False)
+    for part in [*student.model.layers, student]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    for module in student.modules():
+        if isinstance(module, FSDPModule):  # plain sums: train_step has divided by the global token count already
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def all_reduce(number, device):
+    """The sum of a number over all processes, in float64."""
+    if not dist.is_initialized():
+        return float(number)
+    total = torch.tensor(float(number), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def gather(value):
+    """What each process has, as a list in the order of ranks, on every process. Any small Python object."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def decide(what):
+    """what() of process 0, on every process; if it fails there, all stop with that one message."""
+    answer = [None, None]
+    if rank() == 0:
+        try:
+            answer = [what(), None]
+        except (InputError, OSError) as error:
+            answer = [None, str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        stop(answer[1])
+    return answer[0]
+
+
+def stop(message):
+    """End every process, with one line from process 0. All of them must call this."""
+    if world_size() == 1:
+        raise InputError(message)
+    if rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    barrier()  # the first to exit has the others killed: not before the message is out
+    raise SystemExit(1)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def grad_norm(student):
+    """The norm of all gradients over all processes, as a tensor; of shards it is no partial one."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def local_bytes(tensors):
+    """How many bytes of these tensors this process holds."""
+    return sum(math.prod(t.to_local().shape if isinstance(t, DTensor) else t.shape) * t.element_size() for t in tensors)
