@@ -21,6 +21,7 @@ import sys
 import unicodedata
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ def byte_of_char():
 
 
 BYTE_OF_CHAR = byte_of_char()
+CHARS = set(BYTE_OF_CHAR)
 LONG_BLANK = re.compile(r"\s{10000}")
 
 
@@ -67,8 +69,12 @@ class Tokenizer:
     folder                                           where it came from
     vocab_size                                       largest id + 1 (the model's embedding may have more rows)
     bos_token_id, eos_token_id, pad_token_id, mask_token_id   None where tokenizer_config.json names none
+    end_of_turn_id                                   what ends an answer: the chat template's choice, else EOS
     special_ids                                      ids of the special tokens, a set
     hash                                             sha256 of all that determines ids, whatever the file's formatting
+
+    Known limit: of several splits in a row (DeepSeek's) all but the last are found by Python's `regex`, which can be
+    ahead of Hugging Face's engine by the digits and letters of the newest Unicode.
     """
 
     def __init__(self, folder):
@@ -77,32 +83,32 @@ class Tokenizer:
         try:
             self._read_splits(spec, path)
             self._read_vocabulary(spec["model"], path)
-            self._read_added(spec.get("added_tokens") or [], path)
-        except (KeyError, TypeError, ValueError) as error:
+            self._read_added(spec.get("added_tokens") or [], spec["model"]["vocab"], path)
+            processors = _flatten(spec.get("post_processor"), "processors")
+            first = [p["single"][0].get("SpecialToken") for p in processors if p["type"] == "TemplateProcessing"]
+        except (AttributeError, KeyError, TypeError, ValueError, regex.error) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not a byte-level BPE tokenizer.json ({error!r})") from None
-        self.folder = folder
-        named = {**_named_tokens(folder, "special_tokens_map.json"), **_named_tokens(folder, "tokenizer_config.json")}
-        self.names = {key: named.get(key) for key in ("bos_token", "eos_token", "pad_token", "mask_token")}
-        self.bos_token_id, self.eos_token_id, self.pad_token_id, self.mask_token_id = (
-            self.added.get(name) for name in self.names.values())  # fmt: skip
         self.vocab_size = max(self.bytes_of) + 1
-        parts = [spec["model"][k] for k in ("vocab", "merges")] + [spec["model"].get("ignore_merges", False)]
-        parts += [spec.get("added_tokens"), spec.get("normalizer"), spec.get("pre_tokenizer")]
-        self.hash = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        self.adds_bos = _adds_bos(spec.get("post_processor"), self.names["bos_token"])
+        self.folder = folder
+        self.names = _named_tokens(folder / "special_tokens_map.json") | _named_tokens(folder / "tokenizer_config.json")
+        self.bos_token_id, self.eos_token_id, self.pad_token_id, self.mask_token_id = (
+            self.added.get(name, spec["model"]["vocab"].get(name))
+            for name in map(self.names.get, ("bos_token", "eos_token", "pad_token", "mask_token")))  # fmt: skip
+        # does tokenizer.json itself put BOS in front of a text, as Llama 3's does?
+        self.adds_bos = self.bos_token_id is not None and any(s and s["id"] == self.names["bos_token"] for s in first)
         self._read_template()
 
     def _read_splits(self, spec, path):
         """Normalizer and pre-tokenizer: NFC or nothing; regular expressions, digits, then bytes."""
         normalizers = _flatten(spec.get("normalizer"), "normalizers")
-        if any(n["type"] != "NFC" for n in normalizers):
-            raise InputError(f"{path}: normalizer {normalizers[0]['type']} is not supported, only NFC")
-        self.nfc, self.splits = bool(normalizers), []
+        if other := [n["type"] for n in normalizers if n["type"] != "NFC"]:
+            raise InputError(f"{path}: normalizer {other[0]} is not supported, only NFC")
         steps = _flatten(spec.get("pre_tokenizer"), "pretokenizers")
         if not steps or steps[-1]["type"] != "ByteLevel":
             raise InputError(f"{path}: the pre-tokenizer does not end in ByteLevel; only byte-level BPE is supported")
+        self.nfc, self.splits = bool(normalizers), []
         for step in steps:
             if step["type"] == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
                 pattern = step["pattern"]
@@ -113,6 +119,7 @@ class Tokenizer:
                 self.splits += [GPT2_SPLIT] if step.get("use_regex", True) else []
             else:
                 raise InputError(f"{path}: pre-tokenizer {step} is not supported")
+        self.compiled = [regex.compile(split, regex.V1) for split in self.splits]
 
     def _read_vocabulary(self, bpe, path):
         """Ranks for tiktoken = the order of the merges, which need not be the order of the ids."""
@@ -121,48 +128,73 @@ class Tokenizer:
             raise InputError(f"{path}: only byte-level BPE is supported (no SentencePiece, no byte_fallback)")
         if bpe.get("dropout"):
             raise InputError(f"{path}: BPE dropout is not supported")
-        vocabulary = {bytes(BYTE_OF_CHAR[c] for c in token): i for token, i in bpe["vocab"].items()
-                      if all(c in BYTE_OF_CHAR for c in token)}  # fmt: skip
-        ranks = {bytes([b]): b for b in range(256)}  # a byte without an id is dropped after encoding, as HF drops it
-        for merge in bpe["merges"]:
-            pair = merge.split(" ") if isinstance(merge, str) else merge
-            merged = bytes(BYTE_OF_CHAR[c] for c in "".join(pair))
-            if merged not in vocabulary:
-                raise InputError(f"{path}: the merge {pair} makes a token that is not in the vocabulary")
-            ranks.setdefault(merged, len(ranks))
-        self.id_of_rank = [vocabulary.get(token, -1) for token in ranks]
-        self.bytes_of = {i: token for token, i in vocabulary.items()}
-        # Tokens that no merge makes come out only where they are a whole piece, and only with ignore_merges. tiktoken
-        # would also merge into them, so they stay out of the ranks.
-        orphans = {token: i for token, i in vocabulary.items() if token not in ranks}
-        self.whole_pieces = orphans if bpe.get("ignore_merges") else {}
-        pattern = self.splits[0] if len(self.splits) == 1 else r"[\s\S]+"
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
+        if bad := [pair for pair in merges if len(pair) != 2 or "".join(pair) not in bpe["vocab"]]:
+            raise InputError(f"{path}: the merge {bad[0]} makes no token of the vocabulary")
+        vocabulary = {_spelt(token): i for token, i in bpe["vocab"].items() if CHARS.issuperset(token)}
+        self.bytes_of = {i: token.encode() for token, i in bpe["vocab"].items()} | {i: t for t, i in vocabulary.items()}
+        self.missing = {b for b in range(256) if bytes([b]) not in vocabulary}  # Hugging Face drops such bytes
+        if self.missing and bpe.get("unk_token") is not None:
+            raise InputError(f"{path}: bytes without a token, for which unk_token stands, are not supported")
+        made = dict.fromkeys(map("".join, merges))
+        if not (bpe.get("ignore_merges") and _all_splits_listed(merges)):
+            made = _merge_order(merges)
+        self.tokens = [bytes([b]) for b in range(256)] + [_spelt(token) for token in made]  # in order of rank
+        self._start_tiktoken()
+        for pair in merges:
+            if "".join(pair) not in made and self._parts(_spelt("".join(pair))) == [_spelt(half) for half in pair]:
+                raise InputError(f"{path}: the merge {pair} is listed before those that make its two halves")
+        # Tokens that no merge makes come out only with ignore_merges, and only where they are a whole piece. tiktoken
+        # would also merge into one if merging arrives at two parts of it; from three parts on there is no such danger.
+        orphans = sorted(vocabulary.keys() - set(self.tokens)) if bpe.get("ignore_merges") else []
+        self.whole_pieces = {token: vocabulary[token] for token in orphans if len(self._parts(token)) == 2}
+        if len(orphans) > len(self.whole_pieces):
+            self.tokens += [token for token in orphans if token not in self.whole_pieces]
+            self._start_tiktoken()
+        self.id_of_rank = [vocabulary.get(token, -1) for token in self.tokens]
+        self.hash = _sha256_json(bpe["vocab"], merges, bool(bpe.get("ignore_merges")), self.nfc, self.splits)
+
+    def _start_tiktoken(self):
+        """tiktoken's Encoding of self.tokens; its own regex engine (faster, and HF's Unicode) makes the last split."""
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        pattern = self.splits[-1] if self.splits else r"[\s\S]+"
         # tiktoken drops what no alternative matches, Hugging Face keeps it as a piece of its own
         pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
         self.core = tiktoken.Encoding("t3s", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.compiled = [regex.compile(split) for split in self.splits]
 
-    def _read_added(self, tokens, path):
+    def _parts(self, piece):
+        return [self.tokens[rank] for rank in self.core._encode_single_piece(piece)]
+
+    def _read_added(self, tokens, vocab, path):
         """Added tokens are cut out first, the leftmost longest one; those marked normalized only after NFC."""
+        self.added, raw, normalized, last = {}, {}, {}, len(vocab) - 1
         for token in tokens:
+            name = token["content"]
             if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-                name = token["content"]
                 raise InputError(f"{path}: added token {name!r}: lstrip, rstrip and single_word are not supported")
-        self.added = {t["content"]: t["id"] for t in tokens}
+            usual = vocab.get(name, self.added.get(name, last + 1))  # what Hugging Face goes by, not by the listed id
+            if not name or token["id"] != usual:
+                raise InputError(f"{path}: added token {name!r} has id {token['id']} and not {usual}")
+            self.added[name], last = usual, max(last, usual)
+            if token.get("normalized"):
+                normalized[unicodedata.normalize("NFC", name) if self.nfc else name] = usual
+            else:
+                raw[name] = usual
         self.special_ids = {t["id"] for t in tokens if t.get("special")}
-        self.bytes_of |= {t["id"]: t["content"].encode() for t in tokens}
-        self.cut_raw = _any_of(t["content"] for t in tokens if not t.get("normalized"))
-        self.cut_normalized = _any_of(t["content"] for t in tokens if t.get("normalized"))
+        self.bytes_of |= {i: name.encode() for name, i in self.added.items()}
+        self.cuts = [(_any_of(raw), raw), (_any_of(normalized), normalized)]
+        kinds = sorted((t["id"], t["content"], bool(t.get("normalized")), bool(t.get("special"))) for t in tokens)
+        self.hash = _sha256_json(self.hash, kinds)
 
     def encode(self, text):
         """Text -> ids; special and other added tokens in the text become their ids (no BOS is put in front)."""
-        ids = []
-        for part, is_added in _cut(self.cut_raw, text):
+        ids, ((raw, id_of_raw), (normalized, id_of_normalized)) = [], self.cuts
+        for part, is_added in _cut(raw, text):
             if is_added:
-                ids.append(self.added[part])
+                ids.append(id_of_raw[part])
                 continue
-            for piece, is_added in _cut(self.cut_normalized, unicodedata.normalize("NFC", part) if self.nfc else part):
-                ids += [self.added[piece]] if is_added else self._encode_bpe(piece)
+            for piece, is_added in _cut(normalized, unicodedata.normalize("NFC", part) if self.nfc else part):
+                ids += [id_of_normalized[piece]] if is_added else self._encode_bpe(piece)
         return ids
 
     def encode_ordinary(self, text):
@@ -171,22 +203,26 @@ class Tokenizer:
 
     def _encode_bpe(self, text):
         try:
-            text.encode()
+            raw = text.encode()
         except UnicodeEncodeError:
             raise InputError(f"text with a lone surrogate cannot be encoded: {text[:40]!r}") from None
-        # tiktoken's own regex engine is faster, but overflows its stack on a million spaces in a row
-        if len(self.splits) == 1 and not self.whole_pieces and not LONG_BLANK.search(text):
-            return [i for rank in self.core.encode_ordinary(text) if (i := self.id_of_rank[rank]) >= 0]
-        pieces = [text] if text else []
-        for split in self.compiled:
+        pieces = [text]
+        for split in self.compiled[:-1]:
+            pieces = [piece for longer in pieces for piece, _ in _cut(split, longer)]
+        # On a million blanks in a row tiktoken's engine overflows its stack.
+        if not (self.whole_pieces or self.missing.intersection(raw) or LONG_BLANK.search(text)):
+            ranks = [rank for piece in pieces for rank in self.core.encode_ordinary(piece)]
+            if self.core.decode_bytes(ranks) == raw:  # a pattern that can match nothing at all makes it drop something
+                return [self.id_of_rank[rank] for rank in ranks]
+        for split in self.compiled[-1:]:
             pieces = [piece for longer in pieces for piece, _ in _cut(split, longer)]
         ids = []
-        for piece in (p.encode() for p in pieces):
+        for piece in (piece.encode() for piece in pieces):
             if piece in self.whole_pieces:
                 ids.append(self.whole_pieces[piece])
             else:
-                ranks = self.core._encode_single_piece(piece)
-                ids += [i for rank in ranks if (i := self.id_of_rank[rank]) >= 0]
+                piece = piece.translate(None, bytes(self.missing))
+                ids += [self.id_of_rank[rank] for rank in self.core._encode_single_piece(piece)] if piece else []
         return ids
 
     def decode(self, ids, skip_special_tokens=False):
@@ -198,38 +234,45 @@ class Tokenizer:
     # -- chat template
 
     def _read_template(self):
-        config = self.folder / "tokenizer_config.json"
+        """tokenizer_config.json's template (or, of several, the one called default), or chat_template.jinja."""
+        config, beside = self.folder / "tokenizer_config.json", self.folder / "chat_template.jinja"
         template = read_json(config).get("chat_template") if config.exists() else None
-        if isinstance(template, list):
-            template = next((t["template"] for t in template if t["name"] == "default"), None)
-        if (self.folder / "chat_template.jinja").exists():
-            template = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self.template = _compile_template(template) if template else None
-        # What the template writes behind an answer; its first special token ends the turn, otherwise EOS does.
+        try:
+            if isinstance(template, list):
+                template = {each["name"]: each["template"] for each in template}["default"]
+            if beside.exists():
+                template = beside.read_text(encoding="utf-8")
+            self.template = _compile_template(template) if template else None
+        except Exception as error:  # not found in the list, not UTF-8, not a text, not Jinja
+            raise InputError(f"{self.folder}: the chat template cannot be read ({error!r})") from None
         self.end_of_turn_id = self.eos_token_id
-        if self.template:
+        if self.template:  # what it writes behind an answer, if that is a token of its own
             turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "T3S-ANSWER"}]
-            tail = self.encode(self.apply_chat_template(turn, tokenize=False).rpartition("T3S-ANSWER")[2])
-            self.end_of_turn_id = next((i for i in tail if i in self.special_ids), self.eos_token_id)
+            _, found, tail = self.apply_chat_template(turn, tokenize=False).rpartition("T3S-ANSWER")
+            ids = self.encode(tail.lstrip()) if found else []
+            if ids and ids[0] in self.added.values():
+                self.end_of_turn_id = ids[0]
 
     def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True, **variables):
         """messages [{"role", "content"}, ...] -> ids, or text if not tokenize, by the checkpoint's own template.
 
-        The template is downloaded code: it runs in jinja2's immutable sandbox. Raises InputError if it fails, or if
-        there is none.
+        The template is downloaded code: it runs in jinja2's immutable sandbox. Other variables, such as Qwen3's
+        enable_thinking, go to it as they are. Raises InputError if it fails, or if there is none.
         """
         if not self.template:
             raise InputError(f"{self.folder}: this tokenizer has no chat template")
-        names = {key: value or "" for key, value in self.names.items()}
+        known = {"tools": None, "documents": None, **self.names, **variables}
         try:
-            text = self.template.render(messages=messages, add_generation_prompt=add_generation_prompt,
-                                        **{**names, **variables})  # fmt: skip
+            text = self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, **known)
         except Exception as error:  # whatever the template does wrong
             raise InputError(f"{self.folder}: the chat template failed: {error}") from None
         return self.encode(text) if tokenize else text
 
     def encode_prompt(self, messages):
-        """What the student reads before it answers: the template's text up to the answer, or the bare prompt."""
+        """What the student reads before it answers: the template's text up to the answer, or the bare prompt.
+
+        The template may rewrite earlier turns (Qwen3's takes the thoughts out of them). Returns ids.
+        """
         if self.template:
             return self.apply_chat_template(messages, add_generation_prompt=True)
         if len(messages) != 1:
@@ -237,7 +280,7 @@ class Tokenizer:
         return [self.bos_token_id] * self.adds_bos + self.encode(messages[0]["content"])
 
     def encode_response(self, response):
-        """What the student is to write: the response and the token that ends a turn."""
+        """What the student is to write: the response, letter by letter, and the token that ends a turn. Returns ids."""
         return self.encode(response) + ([] if self.end_of_turn_id is None else [self.end_of_turn_id])
 
 
@@ -266,30 +309,83 @@ def _cut(pattern, text):
         yield text[at:], False
 
 
-def _named_tokens(folder, file):
-    path = folder / file
+def _spelt(token):
+    """A token as tokenizer.json spells it -> its bytes."""
+    return bytes([BYTE_OF_CHAR[char] for char in token])
+
+
+def _merge_order(merges):
+    """The tokens that merging can make, by rank: {token: (left, right)} in the order of the list of (left, right).
+
+    Hugging Face merges two neighbours if they are a pair of the list, tiktoken if together they are a token with a
+    rank. That is the same as long as each token with a rank comes out when its own bytes are merged, by the pair that
+    is listed. Files list more than that: after `b c`, the pair `ab c` never meets, since its b is gone into bc.
+    """
+    made, rank = {}, {}
+
+    def meet(left, right):
+        """Are left and right ever neighbours? Undo their merges, latest first: does a merge across come earlier?"""
+        before = len(rank)
+        while True:
+            if made.get(left + right) == (left, right) and rank[left + right] < before:
+                return False
+            if rank.get(left, -1) > rank.get(right, -1):
+                before, left = rank[left], made[left][1]
+            elif right in rank:
+                before, right = rank[right] + 1, made[right][0]  # of two equal merges the left one comes first
+            else:
+                return True
+
+    for left, right in merges:
+        ready = all(len(half) == 1 or half in made for half in (left, right))
+        if ready and left + right not in made and meet(left, right):
+            rank[left + right] = len(rank)
+            made[left + right] = (left, right)
+    return made
+
+
+def _all_splits_listed(merges):
+    """Is each token listed with all its splits into two tokens (files converted from tiktoken's, like Llama 3's)?
+
+    Then merging by pairs is merging by tokens, whatever the order.
+    """
+    listed, tokens = set(merges), list(dict.fromkeys(map("".join, merges)))
+    known = {*tokens, *BYTE_OF_CHAR}
+    in_order = [token for token, _ in groupby(merges, "".join)] == tokens
+    return in_order and all(
+        (token[:i], token[i:]) in listed for token in tokens for i in range(1, len(token))
+        if token[:i] in known and token[i:] in known)  # fmt: skip
+
+
+def _sha256_json(*values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _named_tokens(path):
+    """{"eos_token": "...", ...} of special_tokens_map.json or tokenizer_config.json, if it exists."""
     found = read_json(path) if path.exists() else {}
     return {key: value["content"] if isinstance(value, dict) else value for key, value in found.items()
             if key.endswith("_token") and isinstance(value, dict | str)}  # fmt: skip
 
 
-def _adds_bos(post_processor, bos):
-    """Does tokenizer.json itself put BOS in front of a text (Llama 3 does)?"""
-    first = [s["single"][0] for s in _flatten(post_processor, "processors") if s["type"] == "TemplateProcessing"]
-    return bool(bos and first and first[0].get("SpecialToken", {}).get("id") == bos)
-
-
 def _compile_template(source):
+    """A chat template in the same surroundings as transformers gives it."""
     from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def fail(message):
         raise TemplateError(message)
 
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=["jinja2.ext.loopcontrols"])  # fmt: skip
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=fail, strftime_now=lambda form: datetime.now().strftime(form))
+    # {% generation %} marks the assistant's words for training masks; what belongs to it is written as it stands
+    source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
+    source = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source)
     return environment.from_string(source)
 
 
@@ -297,99 +393,142 @@ def _compile_template(source):
 # jsonl -> data folder
 
 
+def read_examples(path):
+    """A jsonl file, one example after the other: where it stands ("file, line n"), then what read_example returns.
+
+    Raises InputError with file and line for an id that has been there (that of a line without one is its number).
+    """
+    seen = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            name, *rest = read_example(line, where)
+            name = str(number) if name is None else str(name)
+            if name in seen:
+                raise InputError(f"{where}: the id {name!r} was in line {seen[name]} already")
+            seen[name] = number
+            yield where, name, *rest
+
+
 def read_example(line, where):
-    """One line -> (id or None, messages of the prompt, response, answer or None, is it GSM8K's form)."""
+    """One line (bytes) -> (id or None, messages of the prompt, response, answer or None, is it GSM8K's form).
+
+    The response is "response", or the last of the "messages" if that is the assistant's. Raises InputError, its
+    message beginning with `where`, for anything that is not exactly one prompt and one response.
+    """
     try:
-        example = json.loads(line.decode("utf-8"))
+        example = json.loads(line.decode("utf-8"), parse_constant=float)
+        json.dumps(example, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 ({error})") from None
-    except json.JSONDecodeError as error:
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: half of a character, a lone surrogate ({error.reason})") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error})") from None
     if not isinstance(example, dict):
         raise InputError(f"{where}: not an object but {type(example).__name__}")
     gsm8k = "question" in example and "response" not in example
+    kinds = {"question": str} if gsm8k else {"prompt": str, "response": str, "messages": list}
+    for key, kind in {**kinds, "id": str | int, "answer": str | int | float}.items():
+        value = example.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise InputError(f'{where}: "{key}" is of type {type(value).__name__}')
+    answer = None if example.get("answer") is None else str(example["answer"])
     if gsm8k:
-        solution = example.get("answer")
-        if not isinstance(solution, str) or "####" not in solution:
-            raise InputError(f'{where}: "answer" must be a text that ends in #### and the number')
-        example = {"id": example.get("id"), "prompt": example["question"], "response": solution,
-                   "answer": solution.rpartition("####")[2].strip().replace(",", "")}  # fmt: skip
-    kinds_of = {"prompt": str, "response": str, "messages": list, "id": str | int, "answer": str | int | float}
-    for key, kinds in kinds_of.items():
-        if example.get(key) is not None and not isinstance(example[key], kinds):
-            raise InputError(f'{where}: "{key}" is of type {type(example[key]).__name__}')
-    messages, response = example.get("messages"), example.get("response")
-    if (messages is None) == (example.get("prompt") is None):
+        response, (_, mark, answer) = answer, (answer or "").rpartition("####")
+        messages, answer = [{"role": "user", "content": example["question"]}], answer.strip().replace(",", "")
+        if not mark or not answer:
+            raise InputError(f'{where}: "answer" must end in #### and the number')
+    else:
+        messages, response = read_messages(example, where), example.get("response")
+        if response is None and messages[-1]["role"] == "assistant":  # the last turn is what to learn
+            response = messages.pop()["content"]
+    if not messages or not (messages[-1]["content"] or "").strip():
+        raise InputError(f"{where}: no prompt, or an empty one")
+    if messages[-1]["role"] == "assistant":
+        raise InputError(f'{where}: "messages" must end before the response, with a turn that is not the assistant\'s')
+    if not (response or "").strip():
+        raise InputError(f"{where}: no response, or an empty one")
+    return example.get("id"), messages, response, answer, gsm8k
+
+
+def read_messages(example, where):
+    """The "messages" of an example, or its "prompt" as one: a new list of {"role", "content", ...}, not empty."""
+    prompt, messages = example.get("prompt"), example.get("messages")
+    if (messages is None) == (prompt is None):
         raise InputError(f'{where}: needs either "prompt" or "messages"')
-    messages = [{"role": "user", "content": example["prompt"]}] if messages is None else list(messages)
+    messages = [{"role": "user", "content": prompt}] if messages is None else list(messages)
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise InputError(f'{where}: "messages" must be objects with "role" and "content"')
-    if response is None and messages and messages[-1]["role"] == "assistant":  # the last turn is what to learn
-        response = messages.pop()["content"]
-    if not response or not messages:
-        raise InputError(f'{where}: no {"prompt" if response else "response"}')
-    answer = example.get("answer")
-    return example.get("id"), messages, response, None if answer is None else str(answer), gsm8k
+            raise InputError(f'{where}: "messages" must be objects with "role" and "content", both texts')
+    if not messages:
+        raise InputError(f'{where}: "messages" is empty')
+    return messages
 
 
 def main(**given):
     """Write the folder `out`, whole or not at all. Raises InputError with file and line of the first bad example."""
-    from model import local_folder  # here, so that reading a data folder needs no torch
+    from eval import VERIFIERS  # here, so that reading a data folder needs no torch
+    from model import local_folder
 
     cfg = Config(**given)
     for key in ("source", "tokenizer", "out"):
         if not getattr(cfg, key):
             raise InputError(f"--{key} is missing (--help lists the keys)")
-    if cfg.verifier not in ("auto", "boxed", "gsm8k", "integer", "toy"):
-        raise InputError(f"--verifier={cfg.verifier}: must be auto, boxed, gsm8k, integer or toy")
+    if cfg.verifier not in VERIFIERS:
+        raise InputError(f"--verifier={cfg.verifier}: must be one of {', '.join(VERIFIERS)}")
+    if cfg.max_tokens < 0:
+        raise InputError(f"--max_tokens={cfg.max_tokens}: must not be negative")
     if not Path(cfg.source).is_file():
-        raise InputError(f"{cfg.source}: no such file")
+        what = "a folder, not a jsonl file" if Path(cfg.source).is_dir() else "no such file"
+        raise InputError(f"{cfg.source}: {what}")
+    if Path(cfg.out).is_dir() and any(Path(cfg.out).iterdir()) and not Path(cfg.out, "meta.json").exists():
+        raise InputError(f"{cfg.out}: holds other things than data.py's; give --out another name")
     tokenizer = load_tokenizer(local_folder(cfg.tokenizer))
-    spans, seen, sizes, too_long, all_gsm8k, end = [], {}, [], 0, True, 0
+    if tokenizer.end_of_turn_id is None:
+        raise InputError(f"{cfg.tokenizer}: tokenizer_config.json names no eos_token, so no answer would ever end")
     with whole_folder(cfg.out) as out:
-        with (open(cfg.source, "rb") as source, open(out / "tokens.bin", "wb") as tokens,
-              open(out / "examples.jsonl", "w", encoding="utf-8") as examples):  # fmt: skip
-            for number, line in enumerate(source, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-                if not line.strip():
-                    continue
-                where = f"{cfg.source}, line {number}"
-                name, messages, response, answer, gsm8k = read_example(line, where)
-                name = str(number) if name is None else str(name)
-                if name in seen:
-                    raise InputError(f"{where}: id {name!r} was in line {seen[name]} already")
-                seen[name], all_gsm8k = number, all_gsm8k and gsm8k
-                try:
-                    prompt, reply = tokenizer.encode_prompt(messages), tokenizer.encode_response(response)
-                except InputError as error:
-                    raise InputError(f"{where}: {error}") from None
-                if not prompt or not reply:
-                    raise InputError(f"{where}: no token in the {'response' if prompt else 'prompt'}")
-                if cfg.max_tokens and len(prompt) + len(reply) > cfg.max_tokens:
-                    too_long += 1
-                    continue
-                np.array(prompt + reply, dtype="<u4").tofile(tokens)
-                examples.write(json.dumps({"id": name, "answer": answer}, ensure_ascii=False) + "\n")
-                spans.append((end, end + len(prompt), end + len(prompt) + len(reply)))
-                end = spans[-1][2]
-                sizes.append(len(prompt) + len(reply))
-        if not spans:
-            raise InputError(f"{cfg.source}: no usable example ({too_long} longer than {cfg.max_tokens} tokens)")
-        spans = np.array(spans, dtype=np.int64)
-        np.save(out / "spans.npy", spans)
-        verifier = "gsm8k" if cfg.verifier == "auto" and all_gsm8k else cfg.verifier
-        meta = {"n_examples": len(spans), "n_tokens": int(end), "too_long": too_long, "max_tokens": cfg.max_tokens,
-                "verifier": verifier, "source": str(cfg.source), "tokenizer_hash": tokenizer.hash,
-                "command": sys.argv, **_hashes(out)}  # fmt: skip
-        write_json(out / "meta.json", meta)
-    response_tokens = int((spans[:, 2] - spans[:, 1]).sum())
-    print(f"{cfg.out}: {len(spans)} examples, {end:,} tokens, {response_tokens:,} of them in responses, longest "
-          f"{max(sizes)}; left out as longer than {cfg.max_tokens or 'any limit'}: {too_long}")  # fmt: skip
+        meta = write_arrays(cfg, tokenizer, out)
+        write_json(out / "meta.json", meta | _hashes(out))
     made = load(cfg.out)
-    first = f"{tokenizer.decode(made.prompt(0))}|{tokenizer.decode(made.response(0))}"
-    print(f"the first one, with | where the response begins:\n{first}")
+    sizes = made.spans[:, 2] - made.spans[:, 0]
+    print(f"{cfg.out}: {len(made)} examples, {len(made.tokens):,} tokens, {made.response_mask().sum():,} of them in "
+          f"responses, longest example {sizes.max()}; left out as longer than {cfg.max_tokens or 'any limit'}: "
+          f"{meta['too_long']}")  # fmt: skip
+    print("the first one, with | where the response begins:")
+    print(f"{tokenizer.decode(made.prompt(0)[-300:])}|{tokenizer.decode(made.response(0)[:300])}")
+
+
+def write_arrays(cfg, tokenizer, out):
+    """tokens.bin, spans.npy and examples.jsonl of cfg.source into the folder `out` -> meta.json's entries on them."""
+    spans, too_long, all_gsm8k, end = [], 0, True, 0
+    with open(out / "tokens.bin", "wb") as tokens, open(out / "examples.jsonl", "w", encoding="utf-8") as examples:
+        for where, name, messages, response, answer, gsm8k in read_examples(cfg.source):
+            try:
+                prompt, reply = tokenizer.encode_prompt(messages), tokenizer.encode_response(response)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+            if not prompt:
+                raise InputError(f"{where}: the prompt has no token")
+            if response.lstrip().startswith("<think>") and tokenizer.decode(prompt[-9:]).rstrip().endswith("<think>"):
+                raise InputError(f"{where}: the chat template has opened <think> already; take it off the response")
+            all_gsm8k = all_gsm8k and gsm8k
+            if cfg.max_tokens and len(prompt) + len(reply) > cfg.max_tokens:
+                too_long += 1
+                continue
+            np.array(prompt + reply, dtype="<u4").tofile(tokens)
+            examples.write(json.dumps({"id": name, "answer": answer}, ensure_ascii=False) + "\n")
+            spans.append((end, end + len(prompt), end + len(prompt) + len(reply)))
+            end = spans[-1][2]
+    if not spans:
+        raise InputError(f"{cfg.source}: no usable example ({too_long} longer than {cfg.max_tokens} tokens)")
+    np.save(out / "spans.npy", np.array(spans, dtype=np.int64))
+    return {"n_examples": len(spans), "n_tokens": end, "too_long": too_long, "max_tokens": cfg.max_tokens,
+            "verifier": "gsm8k" if cfg.verifier == "auto" and all_gsm8k else cfg.verifier,
+            "source": str(cfg.source), "tokenizer_hash": tokenizer.hash, "command": sys.argv}  # fmt: skip
 
 
 def _hashes(folder):
@@ -444,6 +583,8 @@ def load(folder):
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; make it with python data.py --source=... --out={folder}")
     meta = read_json(folder / "meta.json")
+    if "tokenizer_hash" not in meta:
+        raise InputError(f"{folder / 'meta.json'}: not written by data.py")
     try:
         for key, value in _hashes(folder).items():
             if meta.get(key) != value:
