@@ -9,9 +9,11 @@ Standard library only, because select.py imports it. Next: data.py.
 
 import dataclasses
 import difflib
+import glob
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -53,9 +55,12 @@ def _typed(key, text, kind):
     try:
         if kind == "bool":
             return {"true": True, "false": False}[text.lower()]
-        return {"str": str, "int": int, "float": float}[kind](text)
+        value = {"str": str, "int": int, "float": float}[kind](text)
+        if kind == "float" and not math.isfinite(value):
+            raise ValueError
+        return value
     except (KeyError, ValueError):
-        what = "true or false" if kind == "bool" else f"of type {kind}"
+        what = {"bool": "true or false", "int": "a whole number", "float": "a finite number"}[kind]
         raise InputError(f"--{key}={text}: the value must be {what}") from None
 
 
@@ -77,7 +82,7 @@ def command(main, cls):
     try:
         main(**parse(cls))
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -86,9 +91,12 @@ def command(main, cls):
 
 @contextmanager
 def whole_file(path):
-    """Yields a path beside `path` to write to; renamed to `path` only when the block ends well."""
+    """Yields a path beside `path` to write to; renamed to `path` only when the block ends well.
+
+    Makes the folder that it goes to. Raises InputError if nothing can be written there.
+    """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = _aside(path)
     try:
         yield aside
         with open(aside, "rb+") as file:
@@ -100,16 +108,29 @@ def whole_file(path):
 
 @contextmanager
 def whole_folder(path):
-    """The same for a folder. What stood at `path` before is replaced, and only once the new one is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    """The same for a folder. What stood at `path` before is replaced, and only once the new one is complete.
+
+    No system call that Python has swaps two folders, so there is a moment in which the old one is aside and the new
+    one not yet in place. A process killed right then leaves the old one beside, as .<name>.<pid>.old; the next
+    whole_folder(path) puts it back before it begins.
+    """
+    path = Path(path).resolve()  # of a link, replace what it leads to
+    if path.exists() and (not path.is_dir() or Path.cwd().is_relative_to(path)):
+        raise InputError(f"{path}: a folder will be written here, and it cannot replace what there is; name another")
+    aside = _aside(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+        if path.exists():
+            shutil.rmtree(left)
+        else:
+            os.rename(left, path)
     aside.mkdir()
     try:
         yield aside
+        for file in filter(Path.is_file, aside.rglob("*")):
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
         if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = aside.with_suffix(".old")
             os.rename(path, old)
             os.rename(aside, path)
             shutil.rmtree(old)
@@ -119,14 +140,31 @@ def whole_folder(path):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def read_json(path):
-    """A JSON file as an object. Raises InputError with the file's name if it is missing or is not JSON."""
+def _aside(path):
+    """Where this process writes what will be `path`: a hidden name in the same folder, which is made, and tried."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed process of the same number
+        with open(aside, "wb"):
+            pass
+        aside.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    return aside
+
+
+def read_json(path):
+    """A JSON file that holds an object -> dict. Raises InputError with the file's name if it is anything else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
         raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object but {type(value).__name__}")
+    return value
 
 
 def write_json(path, value):

@@ -84,13 +84,13 @@ class Config:
     top_p: float = 1.0  # of those answers
     top_k: int = 0  # of those answers; 0: no limit
     max_new_tokens: int = 1024  # length limit of those answers
-    block_length: int = 0  # this and the next six, diffusion students only: eval.py --help
-    denoising_steps: int = 0
-    threshold: float = 0.0
-    remasking: str = "low_confidence"
-    cfg_scale: float = 0.0
-    eos_rule: str = "free"
-    edit_threshold: float = -1.0
+    block_length: int = 0  # of a diffusion student's answers, as are the next six (eval.py --help says it all)
+    denoising_steps: int = 0  # forward passes for an answer; 0: as many as tokens
+    threshold: float = 0.0  # tokens surer than this are written at once; 0: the family's own
+    remasking: str = "low_confidence"  # which tokens wait: low_confidence or random
+    cfg_scale: float = 0.0  # classifier-free guidance
+    eos_rule: str = "free"  # when end-of-text may be written: free, last or never
+    edit_threshold: float = -1.0  # written tokens are replaced if surer than this; -1: never
     save_every: int = 0  # keep a checkpoint every so many steps; the bottleneck and the last are kept in any case
     # what if it stops
     resume: bool = False  # go on from the newest complete resume state of this run; unset keys are the run's own
