@@ -63,24 +63,34 @@ class Config:
 VERIFIERS = ("boxed", "gsm8k", "integer", "toy", "auto")
 LONGEST = 1000  # characters of an answer; a longer one is no answer (and Python's int() refuses 4300 digits)
 NOISE = re.compile(r"\\[!,;:]|\\(?:left|right)(?![a-z])|\\?[$%]|\^ ?\{?\\circ ?\}?|°")
-VALUE = r"(?:[0-9]* ?\\frac\{-?[0-9]+\}\{[0-9]+\}|(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?)"
-# In running text 5-3 is no -3, the 2 of x2 or cm^2 no number of its own, and .5 is one but ...5 is not.
-IN_TEXT = re.compile(rf"(?:(?<![\w)}}])-|(?<![A-Za-z0-9_^])(?<!\^\{{))(?:{VALUE}|(?<!\.)\.[0-9]+)", re.ASCII)
-ALONE = re.compile(rf"([-+]?(?:{VALUE}|\.[0-9]+))\.?\s*([A-Za-z. ]*)")
+WORDS = re.compile(r"\\(?:text|textbf|mathbf|mathrm|mbox)\{([^{}]*)\}(\^\{?[0-9]\}?)?")  # \text{cm}^2
+FRACTION = r"([0-9]*) ?\\frac ?\{ ?(-?[0-9]+) ?\} ?\{ ?([0-9]+) ?\}"
+DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)"
+# In running text 5-3 is no -3, the 2 of x2 or cm^2 no number of its own, and .5 is one but ...5 is not. Powers are
+# taken along, so that nobody who writes 10^3 is taken to have said 10.
+IN_TEXT = re.compile(
+    r"(?<!\^)(?<!\^\{)(?<!\^-)(?<!\^\{-)(?:(?<![\w)}])-|(?<![A-Za-z0-9_]))"
+    rf"(?:{FRACTION}|{DECIMAL}(?:[eE][-+]?[0-9]+)?(?:/[0-9]+)?)" r"(?:\^\{?-?\w+\}?)?", re.ASCII)  # fmt: skip
+# 1e3 is 1000; an exponent has three digits at most here, since 1e999999999 would fill the memory
+ALONE = re.compile(rf"([-+]?)(?:{FRACTION}|({DECIMAL}(?:[eE][-+]?[0-9]{{1,3}})?)(?:/([0-9]+))?)\.?\s*([A-Za-z. ]*)")
+BRACES = re.compile(r"\\\\(?!boxed)|(\\boxed\s*\{)|\\[{}]|[{}]")  # an escaped brace is no brace
 
 
 def extract(text, verifier):
     r"""The answer that a response ends in, as it stands there; None: it gives none ("unparsed").
 
-    boxed    the last \boxed{...}; None if its brace is never closed
+    boxed    the last \boxed{...} whose braces are balanced
     gsm8k    what follows the last ####
     integer  the last number
-    toy      the number behind the last >
+    toy      the last number behind a >
     auto     boxed if there is a \boxed, else gsm8k if there is a ####, else integer
 
-    Only what follows the last </think> counts, if there is one. Raises InputError for another verifier.
+    Only what follows the last </think> counts, if there is one; thoughts that never end give no answer.
+    Raises InputError for another verifier.
     """
-    text = text.rpartition("</think>")[2]
+    _, thought, text = text.rpartition("</think>")
+    if not thought and "<think>" in text:
+        text = ""
     if verifier == "auto":
         verifier = "boxed" if "\\boxed" in text else "gsm8k" if "####" in text else "integer"
     if verifier == "boxed":
@@ -103,19 +113,24 @@ def grade(text, answer, verifier):
 
 
 def value(answer):
-    r"""What an answer means: a Fraction if it is a number (1{,}000.0, \frac{1}{2}, 018, $18 dollars, x = 3), else its
+    r"""What an answer means: a Fraction if it is a number (1{,}000.0, 1\frac{1}{2}, 018, $18 dollars, x = 3), else its
     letters without spaces. A percent sign is dropped like any unit: 50% is 50, never 1/2."""
-    text = re.sub(r"^[A-Za-z] ?= ?", "", plain(answer).strip())
-    words = r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}"
-    number = ALONE.fullmatch(re.sub(words + r"(?:\^\{?[0-9]\}?)?", "", text).strip())
-    # 18 dollars is 18, but 18x and 2 pi are no numbers
-    if number and all(len(word) > 1 and word != "pi" for word in number[2].split()):
-        top, _, bottom = re.sub(r"\\frac\{(.*)\}\{(.*)\}", r"\1/\2", number[1].replace(",", "")).partition("/")
+    text = re.sub(r"^[A-Za-z] ?= ?", "", plain(answer).strip(" *\n"))  # **18**
+    for reading in (WORDS.sub("", text), WORDS.sub(r"\1", text)):  # 18 \text{ dollars} or \text{18 dollars}
+        number = ALONE.fullmatch(reading.strip())
+        # 18 dollars is 18, but 18x and 2 pi are no numbers
+        if not number or any(len(word) == 1 or word == "pi" for word in number[7].split()):
+            continue
+        sign, whole, top, bottom, decimal, divisor, _ = number.groups()
         try:
-            return Fraction(top) / Fraction(bottom or 1)
+            if top:
+                size = int(whole or 0) + Fraction(int(top), int(bottom))
+            else:
+                size = Fraction(decimal.replace(",", "")) / int(divisor or 1)
+            return -size if sign == "-" else size
         except (ValueError, ZeroDivisionError):
             pass
-    return re.sub(r"\s", "", re.sub(words, r"\1", text))
+    return re.sub(r"\s", "", WORDS.sub(r"\1\2", text))
 
 
 def plain(text):
@@ -132,15 +147,15 @@ def last_match(pattern, text):
 
 
 def last_boxed(text):
-    start = last_match(re.compile(r"(?s)\\boxed\s*\{"), text)
-    if start is None:
-        return None
-    inside, depth = text.rpartition(start)[2][: LONGEST + 1], 1
-    for brace in re.finditer(r"(?s)\\.|[{}]", inside):  # an escaped brace is no brace
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return inside[: brace.start()]
-    return None
+    opened, last = [], None  # opened: of every open brace, where the inside of its \boxed begins, or None
+    for brace in BRACES.finditer(text):
+        if brace[1] or brace[0] == "{":
+            opened.append(brace.end() if brace[1] else None)
+        elif brace[0] == "}" and opened:
+            start = opened.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = start, brace.start()
+    return last and text[last[0] : last[1]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,16 +359,16 @@ def main(**given):
     settings = {k: getattr(cfg, k) for k in SAMPLING}
     print(f"{cfg.data}: {len(indices)} problems, verifier {problems.meta['verifier']}, "
           + ", ".join(f"{k} {v}" for k, v in settings.items()))  # fmt: skip
+    for _, folder, _ in jobs:  # all before the first one writes
+        if load_tokenizer(folder).hash != problems.meta["tokenizer_hash"]:
+            raise InputError(f"{cfg.data}: made with another tokenizer than {folder} has; run data.py with that folder")
     results = {}
     width = max(len(name) for name, _, _ in jobs)
     print(f"{'':{width}}  accuracy         pass@{cfg.samples:<3} truncated  unparsed   tokens  seconds")
     for name, folder, out in jobs:
         device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = load_tokenizer(folder)
-        if tokenizer.hash != problems.meta["tokenizer_hash"]:
-            raise InputError(f"{cfg.data}: made with another tokenizer than {folder} has; run data.py with that folder")
         student, started = load(folder, device, getattr(torch, cfg.dtype)), time.time()
-        _, rows = evaluate(student, tokenizer, problems, indices, progress=status(name, len(indices) * cfg.samples),
+        _, rows = evaluate(student, load_tokenizer(folder), problems, indices, progress=status(name, len(indices) * cfg.samples),
                            batch_size=cfg.batch_size, **settings)  # fmt: skip
         summary = summarize(rows, time.time() - started)
         save(out, rows, {**summary, "model": str(folder), "data": cfg.data, "sha256": problems.sha256, **settings})
@@ -422,7 +437,8 @@ def save(out, rows, summary):
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as aside, open(aside, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_json(out.with_suffix(".json"), summary)
+    # the interval of a single problem is nan, which JSON does not have
+    write_json(out.with_suffix(".json"), {k: None if v != v else v for k, v in summary.items()})
 
 
 def compare(results):
