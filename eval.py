@@ -357,8 +357,8 @@ def main(**given):
     problems = load_data(cfg.data)
     indices = range(min(cfg.limit or len(problems), len(problems)))
     settings = {k: getattr(cfg, k) for k in SAMPLING}
-    print(f"{cfg.data}: {len(indices)} problems, verifier {problems.meta['verifier']}, "
-          + ", ".join(f"{k} {v}" for k, v in settings.items()))  # fmt: skip
+    shown = [f"{k} {v}" for k, v in settings.items() if k not in DECODING or v != getattr(Config, k)]
+    print(f"{cfg.data}: {len(indices)} problems, verifier {problems.meta['verifier']}, {', '.join(shown)}")
     for _, folder, _ in jobs:  # all before the first one writes
         if load_tokenizer(folder).hash != problems.meta["tokenizer_hash"]:
             raise InputError(f"{cfg.data}: made with another tokenizer than {folder} has; run data.py with that folder")
@@ -368,7 +368,8 @@ def main(**given):
     for name, folder, out in jobs:
         device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
         student, started = load(folder, device, getattr(torch, cfg.dtype)), time.time()
-        _, rows = evaluate(student, load_tokenizer(folder), problems, indices, progress=status(name, len(indices) * cfg.samples),
+        progress = status(name, len(indices) * cfg.samples)
+        _, rows = evaluate(student, load_tokenizer(folder), problems, indices, progress=progress,
                            batch_size=cfg.batch_size, **settings)  # fmt: skip
         summary = summarize(rows, time.time() - started)
         save(out, rows, {**summary, "model": str(folder), "data": cfg.data, "sha256": problems.sha256, **settings})
