@@ -245,17 +245,18 @@ def rewind(cfg, folder, step, changed):
     records = [(e["accuracy"], e["step"]) for _, e in kept if e.get("event") == "record" and e["accuracy"] is not None]
     lowest = min((r for r in records if r[1] > 0), default=None)  # of equals the earliest
     keep = {lowest[1]} if lowest else set()
-    for path in (folder / "checkpoints").glob("*"):
-        at = int(path.name) if path.name.isdigit() else step + 1
+    for path in (folder / "checkpoints").glob("[0-9]*"):
+        at = int(path.name)
         if at > step or not (at in keep or at == cfg.steps or (cfg.save_every and at % cfg.save_every == 0)):
             shutil.rmtree(path)
     for path in (folder / "trajectory").glob("*"):
-        at, partial = int(path.name.strip(".").partition(".")[0]), path.name.startswith(".")
-        if path.name.endswith(".tmp") or (at >= step and changed) or (at > step and not partial):
+        at, partial = int(path.name.strip(".").partition(".")[0]), path.name.endswith(".logprob")
+        if (at >= step and changed) or (at > step and not partial):
             path.unlink()
-    for path in (folder / "resume").glob(".*"):  # what a kill left behind
-        shutil.rmtree(path)
-    for path in states(folder):
-        if int(path.name) > step:  # damaged, or it would not be newer
-            forget(path)
+    for path in [p for where in (".", "checkpoints", "trajectory", "resume") for p in (folder / where).glob(".*")]:
+        if not path.name.endswith(".logprob"):  # all others are what a kill left behind
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    damaged = [path for path in states(folder) if int(path.name) > step]  # or this run would go on from there
+    for path in [*damaged, *states(folder)[len(damaged) + cfg.keep_checkpoints :]]:
+        forget(path)
     return lowest, records[-1][0] if records else None
