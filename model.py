@@ -670,6 +670,14 @@ def open_weights(path):
         raise InputError(f"{path}: not a complete safetensors file ({error}); download or write it again") from None
 
 
+def write_weights(tensors, path):
+    """{name: tensor} -> a safetensors file. A full disk is an InputError, like anything that the user can put right."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise InputError(f"{path}: cannot be written ({error})") from None
+
+
 def local_rows(parameter):
     """The part of a parameter that this process holds, and its first and last row: all of it unless FSDP cut it."""
     if not isinstance(parameter, DTensor):
@@ -784,7 +792,7 @@ def save(model, tokenizer_or_source_folder, out_folder, max_shard_bytes=5 * 10**
                 file, pieces = file_of[disk_name], parts.pop(disk_name)  # q, k, v come in the order of their rows
                 ready[file][disk_name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
                 if len(ready[file]) == len(shards[files.index(file)]):
-                    save_file(ready.pop(file), out / file, metadata={"format": "pt"})
+                    write_weights(ready.pop(file), out / file)
         if writes:
             if len(files) > 1:
                 index = {"metadata": {"total_size": sum(size for _, size in plan.values())}, "weight_map": file_of}

@@ -117,9 +117,7 @@ def recover_residual(base, bottleneck, final, out):
     """
     import shutil
 
-    from safetensors.torch import save_file
-
-    from model import open_weights, weight_files
+    from model import open_weights, weight_files, write_weights
 
     files = [weight_files(folder) for folder in (base, bottleneck, final)]
     with whole_folder(out) as aside:
@@ -130,7 +128,7 @@ def recover_residual(base, bottleneck, final, out):
                     raise InputError(f"{base} or {bottleneck}: the tensor {name} of {final} is missing")
                 start, low, end = (open_weights(f[name]).get_tensor(name).float() for f in files)
                 tensors[name] = start + (end - low)
-            save_file(tensors, aside / shard.name, metadata={"format": "pt"})
+            write_weights(tensors, aside / shard.name)
         for path in Path(final).iterdir():
             if path.suffix != ".safetensors":
                 shutil.copyfile(path, aside / path.name)
