@@ -148,6 +148,7 @@ def llada_pretrain(rows, masked, inverse, config, weighting):
         L = - 1 / (number of tokens)  sum over i of  1[x_t^i = M] / p  log p_theta(x_0^i | x_t)
 
     Prompt and response alike. Rows shorter than the longest are not padded with text: nothing sees what is behind them.
+    (LLaDA cut one batch in a hundred to a random length, so that not all were 4096 tokens long; examples here differ.)
     """
     # 1. t ~ U(0, 1), p = (1 - eps) t + eps, each token masked with probability p: add_noise
     noisy = np.where(masked, config.mask_token_id, rows.ids)  # x_t
@@ -216,8 +217,8 @@ def check_objective(config, objective="", forced_weight="one", weighting="", t_m
     if weighting not in ("", "mean", "1/t") or (weighting and objective != "block"):
         raise InputError(f"--weighting={weighting}: must be mean or 1/t, and only block objectives have it")
     low, high = (default if t < 0 else t for t, default in zip((t_min, t_max), T_RANGE[objective], strict=True))
-    if not 0 <= low <= high <= 1 or (low == 0 and (objective != "block" or weighting == "1/t")):
-        raise InputError(f"--t_min={low} --t_max={high}: must be 0 < t_min <= t_max <= 1")
+    if not 0 <= low <= high <= 1 or high == 0 or (low == 0 and (objective != "block" or weighting == "1/t")):
+        raise InputError(f"--t_min={low} --t_max={high}: must be 0 < t_min <= t_max <= 1 (0 only without 1/t)")
     return objective
 
 
@@ -522,7 +523,7 @@ def main(**given):
     finally:
         print("\x1b[?1049l" * terminal, end="")
     answer = until_end(canvas[0, len(prompt) : len(prompt) + cfg.max_new_tokens].tolist(), eos_ids)
-    print(f"{tokenizer.decode(answer)}\n({len(answer)} tokens, {passes} forward passes)")
+    print(f"{printable(tokenizer.decode(answer))}\n({len(answer)} tokens, {passes} forward passes)")
     return tokenizer.decode(answer)
 
 
@@ -533,10 +534,15 @@ def paint(tokenizer, ids, new, mask_id, colour):
         end = at + 1
         while end < len(ids) and kind[end] == kind[at]:
             end += 1
-        text = "░" * (end - at) if kind[at] == 2 else tokenizer.decode(ids[at:end])
+        text = "░" * (end - at) if kind[at] == 2 else printable(tokenizer.decode(ids[at:end]))
         parts.append(f"\x1b[{(0, 32, 90)[kind[at]]}m{text}\x1b[0m" if colour else text)
         at = end
     return "".join(parts)
+
+
+def printable(text):
+    """What a model writes must not steer the terminal: control characters become U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 if __name__ == "__main__":
