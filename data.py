@@ -120,6 +120,8 @@ class Tokenizer:
             else:
                 raise InputError(f"{path}: pre-tokenizer {step} is not supported")
         self.compiled = [regex.compile(split, regex.V1) for split in self.splits]
+        if empty := [split.pattern for split in self.compiled if split.fullmatch("")]:
+            raise InputError(f"{path}: the pattern {empty[0]!r} also matches an empty text; that is not supported")
 
     def _read_vocabulary(self, bpe, path):
         """Ranks for tiktoken = the order of the merges, which need not be the order of the ids."""
@@ -137,33 +139,26 @@ class Tokenizer:
         if self.missing and bpe.get("unk_token") is not None:
             raise InputError(f"{path}: bytes without a token, for which unk_token stands, are not supported")
         made = dict.fromkeys(map("".join, merges))
-        if not (bpe.get("ignore_merges") and _all_splits_listed(merges)):
+        if self.missing or not (bpe.get("ignore_merges") and _all_splits_listed(merges)):
             made = _merge_order(merges)
-        self.tokens = [bytes([b]) for b in range(256)] + [_spelt(token) for token in made]  # in order of rank
-        self._start_tiktoken()
+        tokens = [bytes([b]) for b in range(256)] + [_spelt(token) for token in made]  # in order of rank
+        self.core = _encoding(tokens, self.splits)
+
+        def parts(token):
+            return [tokens[rank] for rank in self.core._encode_single_piece(token)]
+
         for pair in merges:
-            if "".join(pair) not in made and self._parts(_spelt("".join(pair))) == [_spelt(half) for half in pair]:
+            if "".join(pair) not in made and parts(_spelt("".join(pair))) == [_spelt(half) for half in pair]:
                 raise InputError(f"{path}: the merge {pair} is listed before those that make its two halves")
         # Tokens that no merge makes come out only with ignore_merges, and only where they are a whole piece. tiktoken
         # would also merge into one if merging arrives at two parts of it; from three parts on there is no such danger.
-        orphans = sorted(vocabulary.keys() - set(self.tokens)) if bpe.get("ignore_merges") else []
-        self.whole_pieces = {token: vocabulary[token] for token in orphans if len(self._parts(token)) == 2}
-        if len(orphans) > len(self.whole_pieces):
-            self.tokens += [token for token in orphans if token not in self.whole_pieces]
-            self._start_tiktoken()
-        self.id_of_rank = [vocabulary.get(token, -1) for token in self.tokens]
+        orphans = vocabulary.keys() - set(tokens) if bpe.get("ignore_merges") else set()
+        self.orphans = {token: vocabulary[token] for token in sorted(orphans)}
+        safe = [token for token in self.orphans if len(parts(token)) > 2]
+        self.whole = _encoding(tokens + safe, self.splits) if safe else self.core
+        self.by_piece = len(safe) < len(orphans)
+        self.id_of_rank = [vocabulary.get(token, -1) for token in tokens + safe]
         self.hash = _sha256_json(bpe["vocab"], merges, bool(bpe.get("ignore_merges")), self.nfc, self.splits)
-
-    def _start_tiktoken(self):
-        """tiktoken's Encoding of self.tokens; its own regex engine (faster, and HF's Unicode) makes the last split."""
-        ranks = {token: rank for rank, token in enumerate(self.tokens)}
-        pattern = self.splits[-1] if self.splits else r"[\s\S]+"
-        # tiktoken drops what no alternative matches, Hugging Face keeps it as a piece of its own
-        pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
-        self.core = tiktoken.Encoding("t3s", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-    def _parts(self, piece):
-        return [self.tokens[rank] for rank in self.core._encode_single_piece(piece)]
 
     def _read_added(self, tokens, vocab, path):
         """Added tokens are cut out first, the leftmost longest one; those marked normalized only after NFC."""
@@ -210,19 +205,16 @@ class Tokenizer:
         for split in self.compiled[:-1]:
             pieces = [piece for longer in pieces for piece, _ in _cut(split, longer)]
         # On a million blanks in a row tiktoken's engine overflows its stack.
-        if not (self.whole_pieces or self.missing.intersection(raw) or LONG_BLANK.search(text)):
-            ranks = [rank for piece in pieces for rank in self.core.encode_ordinary(piece)]
-            if self.core.decode_bytes(ranks) == raw:  # a pattern that can match nothing at all makes it drop something
-                return [self.id_of_rank[rank] for rank in ranks]
+        if not (self.by_piece or self.missing.intersection(raw) or LONG_BLANK.search(text)):
+            return [self.id_of_rank[rank] for piece in pieces for rank in self.whole.encode_ordinary(piece)]
         for split in self.compiled[-1:]:
             pieces = [piece for longer in pieces for piece, _ in _cut(split, longer)]
         ids = []
         for piece in (piece.encode() for piece in pieces):
-            if piece in self.whole_pieces:
-                ids.append(self.whole_pieces[piece])
-            else:
-                piece = piece.translate(None, bytes(self.missing))
-                ids += [self.id_of_rank[rank] for rank in self.core._encode_single_piece(piece)] if piece else []
+            if piece in self.orphans:
+                ids.append(self.orphans[piece])
+            elif piece := piece.translate(None, bytes(self.missing)):
+                ids += [self.id_of_rank[rank] for rank in self.core._encode_single_piece(piece)]
         return ids
 
     def decode(self, ids, skip_special_tokens=False):
@@ -307,6 +299,15 @@ def _cut(pattern, text):
         at = match.end()
     if at < len(text):
         yield text[at:], False
+
+
+def _encoding(tokens, splits):
+    """tiktoken's, of tokens (bytes) in order of rank. Its own regex engine (faster, and HF's Unicode) makes the last
+    split; what no alternative matches it would drop, where Hugging Face keeps it as a piece of its own."""
+    pattern = splits[-1] if splits else r"[\s\S]+"
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding("t3s", pat_str=rf"{pattern}|(?:(?!{pattern})[\s\S])+", mergeable_ranks=ranks,
+                             special_tokens={})  # fmt: skip
 
 
 def _spelt(token):
@@ -401,8 +402,8 @@ def read_examples(path):
     seen = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark
-            if not line.strip():
+            line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()  # a byte order mark
+            if not line:
                 continue
             where = f"{path}, line {number}"
             name, *rest = read_example(line, where)
