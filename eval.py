@@ -413,7 +413,8 @@ def resolve(given):
         home = runs[0] if name == "base" else name
         jobs.append((name, folder, Path("runs") / home / "eval" / f"{stem}-{step:06d}.jsonl"))
     for folder in models:
-        name = Path(folder).resolve().name
+        path, home = Path(folder).resolve(), Path("runs").resolve()  # RRT's models lie in their run: answers go there
+        name = str(path.relative_to(home)) if path.is_relative_to(home) else path.name
         jobs.append((name, folder, Path("runs") / name / "eval" / f"{stem}.jsonl"))
     for name, _, out in jobs:
         if [job[2] for job in jobs].count(out) > 1 or [job[0] for job in jobs].count(name) > 1:

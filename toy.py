@@ -112,7 +112,10 @@ def teacher_trace(rng, problem):
 
 
 def tokenizer_json():
-    """A byte-level BPE of one token per symbol: a digit, an operator, `; `, or a word with the blank behind it."""
+    """A byte-level BPE of one token per symbol: a digit, an operator, `; `, or a word with the blank behind it.
+
+    ignore_merges: a word of the vocabulary is one token although merging would begin check with the `he` of hence.
+    """
     char_of_byte = {byte: char for char, byte in data.BYTE_OF_CHAR.items()}
 
     vocabulary = {name: i for i, name in enumerate(SPECIAL)}
@@ -133,7 +136,7 @@ def tokenizer_json():
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
                   "vocab": vocabulary, "merges": merges},
     }  # fmt: skip
 

@@ -465,6 +465,10 @@ def test_a_step_and_models_by_folder(here):
     evaluation.main(model=str(ROOT / "students/toy-1"), data="data/toy-1/unseen", limit=1, temperature=0,
                     max_new_tokens=40)  # fmt: skip
     assert files("runs/sft/eval") == ["unseen-000002.json", "unseen-000002.jsonl"]
+    inside = "runs/t3s/selection/rrt"  # a model that lies in a run keeps its answers there: each run has its own
+    shutil.copytree(ROOT / "students/toy-1", inside)
+    evaluation.main(model=inside, data="data/toy-1/unseen", limit=1, max_new_tokens=9)
+    assert len(lines(f"{inside}/eval/unseen.jsonl")) == 1
     [row] = lines("runs/toy-1/eval/unseen.jsonl")
     assert row["correct"]  # greedy: it knows how
     text = Path("runs/toy-1/eval/unseen.json").read_text()
