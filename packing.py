@@ -16,7 +16,7 @@ from data import collate
 
 
 def pack(lengths, limit):
-    """Which examples share a row: lengths (n,) -> lists of indices, each of at most `limit` tokens together.
+    """Which examples share a row: lengths (n,) -> lists of indices, each of at most `limit` tokens, fullest first.
 
     Best fit, longest first: an example goes to the row where the least room is left over. limit 0: the longest
     example's length; a longer example than `limit` has a row of its own.
@@ -30,7 +30,7 @@ def pack(lengths, limit):
             rows.append([])
         rows[row].append(int(i))
         bisect.insort(room, (left - int(lengths[i]), row))
-    return rows
+    return sorted(rows, key=lambda row: -sum(int(lengths[i]) for i in row))
 
 
 def collate_rows(data, rows, mask=None):

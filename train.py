@@ -210,6 +210,10 @@ def micro_batches(run, step):
         else:
             batch = next_token_batch(run, rows, run.selected)
         batches.append(batch)
+    if cfg.packing:
+        mine = np.concatenate([batch["examples"] for batch in batches])
+        size = train_set.spans[mine, 2] - train_set.spans[mine, 0]
+        batches[0]["unpacked_slots"] = padded_slots(size, cfg.micro_batch_size)
     return batches
 
 
@@ -242,7 +246,7 @@ def next_token_batch(run, rows, keep=None):
         "examples": examples, "weights": None, "positions": positions, "attention": attention,
         "ids": torch.as_tensor(ids, device=run.device), "targets": torch.as_tensor(targets, device=run.device),
         "tokens": int(size.sum()), "count": float((targets != -100).sum()),
-        "slots": ids.size, "unpacked_slots": padded_slots(size, run.cfg.micro_batch_size),
+        "slots": ids.size,
         "flops": run.student.flops(size.sum(), (targets != -100).sum(), (size * (size + 1) // 2).sum()),
     }  # fmt: skip
 

@@ -49,7 +49,7 @@ KEYS = dict(model="data/toy-1/untrained", data="data/toy-1/teacher", eval_data="
 
 
 def make_world():
-    """data/toy-1 with 9 examples of different lengths, and the students llada and llada2, in the working folder."""
+    """data/toy-1 with 9 examples of different lengths, and three students of other families, in the working folder."""
     toy.main(seed=1, teacher_problems=9, unseen_problems=3, pretrain_steps=1)
     path = Path("data/toy-1/teacher.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -57,6 +57,11 @@ def make_world():
         line["response"] = line["response"][: 6 + 5 * i]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     data.main(source=str(path), tokenizer="data/toy-1/untrained", out="data/toy-1/teacher", verifier="toy")
+    write_students()
+
+
+def write_students():
+    """llada, llada2 and qwen3_moe beside data/toy-1, with its tokenizer."""
     V = model.read_config("data/toy-1/untrained").vocab_size
     ids = dict(mask_token_id=3, eos_token_id=0, pad_token_id=0)
     write_student("llada", dict(

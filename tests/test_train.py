@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import data
+import diffusion
 import model
 import toy
 import train
@@ -36,6 +38,7 @@ def world(tmp_path_factory):
         uneven("data/toy-1/teacher.jsonl")
         data.main(source="data/toy-1/teacher.jsonl", tokenizer="data/toy-1/untrained", out="data/toy-1/teacher",
                   verifier="toy")  # fmt: skip
+        faults.write_students()
     finally:
         os.chdir(before)
     return folder
@@ -53,7 +56,8 @@ def uneven(path):
 def here(world, tmp_path, monkeypatch):
     """A working folder of its own with the shared data."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(world / "data")
+    for path in world.iterdir():
+        (tmp_path / path.name).symlink_to(path)
     return tmp_path
 
 
@@ -263,34 +267,160 @@ def test_checkpoints_kept_are_the_bottleneck_the_last_and_what_was_asked_for(her
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Diffusion students: the objectives themselves are tested in test_diffusion.py
+
+
+@pytest.mark.parametrize("student", ["llada", "llada2"])
+def test_a_diffusion_update_is_the_objective_of_the_whole_step(here, student):
+    """However a step is cut into micro-batches: its loss is that of corrupt_batch on all its examples at once."""
+    more = dict(model=student, steps=1, seed=2, complementary=True)
+    train_set, shape = data.load("data/toy-1/teacher"), model.read_config(student)
+    chosen = data.step_examples(N, 4, 0, 2)
+    length = int(np.diff(train_set.spans[chosen][:, ::2]).max())
+    batch = diffusion.corrupt_batch(shape, train_set, chosen, seed=2, step=0, length=length, complementary=True)
+    whole = model.load(student)
+    nll = whole(batch["ids"], batch["targets"], positions=batch["positions"], attention=batch["attention"])
+    loss = (nll * batch["weights"]).sum() / batch["count"]
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in whole.parameters()]).norm()
+    for size in (1, 3, 4):
+        train.main(run=f"{student}-{size}", **SHORT | more | dict(micro_batch_size=size))
+        line = log(f"{student}-{size}")[0]
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        assert line["supervised"] == int((batch["targets"] != -100).sum())
+
+
+def test_a_diffusion_student_takes_an_autoregressive_selectors_choice(here, capsys):
+    """Force mask from an AR run: data and recording are inherited, lr and steps are not; what is forced is masked."""
+    sft(micro_batch_size=2)
+    folder = load_select().main(run="sft", kind="force", rule="all", bottleneck=4, show=0)
+    mask = np.load(folder / "mask.npy") & (np.random.default_rng(0).random(len(np.load(folder / "mask.npy"))) < 0.4)
+    np.save(folder / "mask.npy", mask)
+    with pytest.raises(InputError, match="a force selection is for a diffusion student, and data/toy-1/untrained is"):
+        train.main(run="bad", selection=str(folder))
+    capsys.readouterr()
+    seen, make = [], train.micro_batches
+
+    def spy(run, step):
+        seen.extend(batch := make(run, step))
+        return batch
+
+    train.micro_batches = spy
+    try:
+        train.main(run="dllm", selection=str(folder), model="llada", steps=1, batch_size=3, device="cpu")
+    finally:
+        train.micro_batches = make
+    printed = capsys.readouterr().out
+    assert ("pass 1 was an autoregressive student's, this is a diffusion one; inherited: data=data/toy-1/teacher "
+            "eval_data=data/toy-1/unseen seed=0 record_every=2 save_every=0 samples=1 max_new_tokens=8;") in printed
+    assert f"{mask.sum():,} tokens" in printed and "are always masked" in printed
+    keys = read_json("runs/dllm/config.json")["config"]
+    assert keys["lr"] == train.Config.lr and keys["micro_batch_size"] == train.Config.micro_batch_size
+    spans, mask_id = data.load("data/toy-1/teacher").spans, model.read_config("llada").mask_token_id
+    forced = 0
+    for batch in seen:
+        for row, example in zip(batch["ids"].numpy(), batch["examples"], strict=True):
+            start, _, end = spans[example]
+            assert (row[: end - start][mask[start:end]] == mask_id).all()
+            forced += mask[start:end].sum()
+    assert forced > 5
+    # and a run of the same kind inherits everything
+    folder = load_select().main(run="dllm", kind="force", rule="all", bottleneck=1, show=0)
+    train.main(run="dllm2", selection=str(folder))
+    first, second = (read_json(f"runs/{run}/config.json")["config"] for run in ("dllm", "dllm2"))
+    assert {k for k in first if first[k] != second[k]} == {"run", "selection"}
+
+
+@pytest.mark.parametrize("student, draws", [("llada", 0), ("llada", 2), ("llada2", 0)])
+def test_a_diffusion_trajectory_is_its_own_confidence(here, student, draws):
+    train.main(run="sft", record_every=4, **SHORT | dict(model=student, confidence_draws=draws, seed=4))
+    train_set = data.load("data/toy-1/teacher")
+    for step, folder in ((0, student), (4, "runs/sft/checkpoints/000004")):
+        recorded = np.load(f"runs/sft/trajectory/{step:06d}.npz")["logprob"]
+        for i, (_, a, b) in enumerate(train_set.spans):
+            one, = diffusion.confidence(model.load(folder), train_set, [i], draws=draws, seed=4)
+            assert np.allclose(recorded[a:b], one, atol=1e-5)
+        assert np.array_equal(np.isnan(recorded), ~train_set.response_mask())
+
+
+def test_diffusion_keys_that_cannot_work_are_refused(here):
+    for keys, message in ((dict(objective="block"), "--objective=block is not for llada"),
+                          (dict(forced_weight="two"), "--forced_weight=two: must be one or t"),
+                          (dict(t_min=0.9, t_max=0.2), "--t_min=0.9 --t_max=0.2"),
+                          (dict(packing=True), "--packing=true is for autoregressive students")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            train.main(run="bad", **SHORT | dict(model="llada") | keys)
+    assert not Path("runs").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Other ways to run the same loop
 
 
-def torchrun(n, **keys):
-    words = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
+def torchrun(n, script=ROOT / "train.py", words=(), **keys):
+    words = [*words, *(f"--{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in keys.items())]
     # the -- keeps torchrun from taking --run for its own --run-path
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--"]
-    done = subprocess.run([*program, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=300,
+    return subprocess.run([*program, str(script), *words], capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    return done
 
 
-def test_two_processes_do_what_one_does(here):
-    """Sharded over two gloo processes, one of them without work in the last micro-batch: same losses, same records."""
-    sft(batch_size=5)
-    done = torchrun(2, run="two", eval_data="data/toy-1/unseen", record_every=2, **SHORT | dict(batch_size=5))
+STUDENTS = {
+    "ar": {}, "packed": dict(packing=True, max_row_tokens=70), "checkpointed": dict(checkpoint_activations=True),
+    "qwen3_moe": dict(model="qwen3_moe"), "llada": dict(model="llada", confidence_draws=1),
+    "llada2": dict(model="llada2", complementary=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_n_processes_do_what_one_does(here, n):
+    """Sharded over gloo processes, some with fewer examples or none: losses, gradient norms, records, weights."""
+    keys = {name: SHORT | dict(batch_size=3, micro_batch_size=1, record_every=4, max_new_tokens=4) | more
+            for name, more in STUDENTS.items() if n == 2 or name in ("ar", "llada2")}  # fmt: skip
+    Path("all.py").write_text("import json, sys\nsys.path.insert(0, sys.argv[1])\nimport train\n"
+                              "for keys in json.loads(sys.argv[2]): train.main(**keys)\n")  # fmt: skip
+    runs = [more | dict(run=f"{name}-{n}") for name, more in keys.items()]
+    done = torchrun(n, script="all.py", words=[str(ROOT), json.dumps(runs)])
     assert done.returncode == 0, done.stderr
-    for a, b in zip(log("sft"), log("two"), strict=True):
-        assert a.keys() == b.keys() and a["step"] == b["step"]
-        for key in set(a) - {"seconds", "grad_norm", "padding"}:
-            assert b[key] == pytest.approx(a[key], abs=1e-5), key
-        assert b.get("grad_norm", 0) == pytest.approx(a.get("grad_norm", 0), rel=1e-4)
-    for step in (0, 2, 4):
-        a, b = (np.load(f"runs/{run}/trajectory/{step:06d}.npz") for run in ("sft", "two"))
-        assert np.allclose(a["logprob"], b["logprob"], atol=2e-5, equal_nan=True)
-        assert np.array_equal(a["correct"], b["correct"])
-    a, b = weights("sft", 4), weights("two", 4)
-    assert all((a[name] - b[name]).abs().max() < 1e-5 for name in a)
+    for name, more in keys.items():
+        train.main(run=name, **more | dict(micro_batch_size=2))  # other micro-batches, too
+        for a, b in zip(log(name), log(f"{name}-{n}"), strict=True):
+            assert a.keys() == b.keys() and a["step"] == b["step"]
+            for key in set(a) - {"seconds", "padding", "padding_unpacked", "event"}:
+                assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5), (name, key)
+        for step in (0, 4):
+            a, b = (np.load(f"runs/{run}/trajectory/{step:06d}.npz") for run in (name, f"{name}-{n}"))
+            assert np.allclose(a["logprob"], b["logprob"], atol=2e-5, equal_nan=True), name
+            assert np.array_equal(a["correct"], b["correct"])
+        a, b = weights(name, 4), weights(f"{name}-{n}", 4)
+        assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a), name
+
+
+def test_nan_on_one_of_two_processes_stops_both_with_one_message(here):
+    """A gradient is poisoned on process 1 in update 2: nobody updates, nobody hangs, one line names the examples."""
+    Path("nan.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import config, train
+batches = train.micro_batches
+def spoiled(run, step):
+    made = batches(run, step)
+    if step == 1 and train.rank() == 1:
+        made[0]["weights"] = (made[0]["targets"] != -100) * float("nan")
+    return made
+train.micro_batches = spoiled
+config.command(train.main, train.Config)
+""")
+    words = [f"--{key}={value}" for key, value in (SHORT | dict(run="nan", micro_batch_size=1, resume_every=1)).items()]
+    done = torchrun(2, script="nan.py", words=words)
+    lines = [line for line in done.stderr.splitlines() if "step 2: loss nan" in line]
+    assert done.returncode != 0 and len(lines) == 1, done.stderr
+    spans = data.load("data/toy-1/teacher").spans
+    examples = sorted(data.step_examples(N, 4, 1, 0), key=lambda i: spans[i, 0] - spans[i, 2])
+    assert f"not finite in the micro-batch of examples [{examples[1]}]; stopped, nothing saved" in lines[0]
+    assert [line["step"] for line in log("nan")] == [1]
+    assert [p.name for p in Path("runs/nan/resume").iterdir()] == ["000001"]
 
 
 def test_bfloat16_computes_what_float32_does_about(here):
@@ -368,7 +498,7 @@ def test_bad_keys_leave_nothing_behind(here, keys, message):
 def test_an_existing_run_is_never_written_over(here):
     train.main(run="one", **SHORT)
     before = Path("runs/one/log.jsonl").read_bytes()
-    with pytest.raises(InputError, match="runs/one: this run exists; --resume=true goes on with it, or give --run another"):
+    with pytest.raises(InputError, match="runs/one: this run exists; --resume=true goes on with it, or give"):
         train.main(run="one", **SHORT)
     assert Path("runs/one/log.jsonl").read_bytes() == before
 
