@@ -1,0 +1,93 @@
+"""bench.py at tiny sizes: every section runs and its two sides agree. No times are checked here."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+import bench
+from config import InputError
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A Llama of transformers' making."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    return str(tmp_path / "tiny")
+
+
+def found(lines, what):
+    [line] = [line for line in lines if what in line["what"]]
+    return line
+
+
+def test_train_and_generate(tiny, capsys):
+    lines = bench.main(what="train,generate", model=tiny, steps=3, repeats=1, new_tokens=5, threads=1)
+    speed = found(lines, "transformers' Trainer")
+    assert speed["ours"] > 0 and speed["other"] > 0 and speed["ratio"] > 0
+    assert found(lines, "largest difference")["ours"] < 1e-5
+    memory = found(lines, "peak memory")
+    assert 0.05 < memory["ours"] < 5 and 0.05 < memory["other"] < 5  # GB, with torch in it
+    same = found(lines, "same ids")
+    assert same["ours"] == same["other"] == 16
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("generate: answers with the same ids")
+
+
+def test_peak_memory_of_the_loss():
+    V, chunk = 200_000, 2**26 // 200_000  # ours makes the logits of so many rows at a time
+    ours = bench.alone(bench.peaks_of_loss, "ours", 1, V, 4, (384, 960))
+    assert 4 * chunk * V < ours[384] < 4 * 4 * chunk * V
+    assert ours[960] < 1.2 * ours[384]
+    plain = bench.alone(bench.peaks_of_loss, "all rows", 1, V, 4, (384,))
+    assert plain[384] > 2 * 4 * 384 * V  # logits and their gradient at the least
+
+
+def test_loss_section_leaves_out_what_does_not_fit(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "free_memory", lambda: 2 * 3 * 4 * 256 * 500)  # enough for 256 rows, not for 512
+    measured = {"ours": 10**9, "all rows": 4 * 10**9}
+    monkeypatch.setattr(bench, "alone", lambda f, side, threads, V, width, sizes: dict.fromkeys(sizes, measured[side]))
+    lines = bench.loss_section(bench.Config(threads=1, repeats=1), None, None, vocabulary=500, width=8, rows=512)
+    sides = [(line["ours"], line["other"], line["ratio"]) for line in lines[:3]]
+    assert sides == [(1, 4, 4), (1, 4, 4), (1, None, None)]
+    assert "all 512 rows" in capsys.readouterr().out
+    assert len(lines) == 5 and all(line["ratio"] > 0 for line in lines[3:])
+
+
+def test_both_ways_to_compute_the_loss_agree():
+    student, ids, targets = bench.head_only(100, 16, 256, share=0.5)
+    assert (targets != -100).float().mean() == 0.5
+    for step in (bench.our_loss, bench.plain_loss):
+        step(student, ids, targets)
+        gradient = student.model.embed_tokens.weight.grad.clone()
+        if step is bench.our_loss:
+            ours = gradient
+    assert torch.allclose(ours, gradient, atol=1e-4) and gradient.abs().max() > 0.1
+
+
+def test_experts():
+    lines = bench.moe_section(bench.Config(repeats=1), None, None, experts=16, width=8, expert_width=4, rows=(3, 20))
+    assert len(lines) == 4
+    assert found(lines, "largest difference")["ours"] < 1e-5
+
+
+def test_random_student_and_examples(tmp_path):
+    folder = bench.random_student(tmp_path / "student")
+    assert json.loads((folder / "config.json").read_text())["hidden_size"] == 576
+    assert sum(p.numel() for p in bench.model.load(folder).parameters()) == 134_515_008  # SmolLM2-135M's
+    examples = bench.random_examples(folder)
+    prompt, response = (examples.spans[:, i + 1] - examples.spans[:, i] for i in (0, 1))
+    assert 85 < prompt.mean() < 97 and 115 < response.mean() < 137
+    assert examples.tokens.max() < 49152 and examples.spans[-1, 2] == len(examples.tokens)
+
+
+def test_bad_keys():
+    with pytest.raises(InputError, match="--what=speed: must be among train, generate, loss, moe"):
+        bench.main(what="speed")
+    with pytest.raises(InputError, match="--data needs --model"):
+        bench.main(data="x.jsonl")
