@@ -1,10 +1,12 @@
 """Imitation Shock and T3S on the toy world: every command of the pipeline, over three students.
 
-    make demo            # or: python demo.py
+    make demo                               # or: python demo.py
+    python demo.py --student=diffusion      # the same for masked-diffusion students, over tau: half an hour
 
 It prints the commands as it goes (anyone can type them), then a table and runs/demo/demo.png. Accuracies are on
 problems that nobody was trained on, answers sampled at temperature 1. The students come with the repository, in
-students/; `python toy.py --seed=1 --pretrain=true` makes the first of them again.
+students/; `python toy.py --seed=1 --pretrain=true --diffusion=true` makes the first two of them again. The diffusion
+students' tokens are chosen by the autoregressive student of the same world (paper, 3.3), and once by themselves.
 """
 
 import contextlib
@@ -21,18 +23,19 @@ import eval as evaluation
 import report
 import toy
 import train
-from config import command, load_select, write_json
+from config import InputError, command, load_select, write_json
 
 
 @dataclass
 class Config:
+    student: str = "autoregressive"  # or diffusion
     seeds: str = "1,2,3"  # students and worlds; each has its folder students/toy-<seed>
     steps: int = 36  # optimizer steps of every run: equal budget
     lr: float = 4e-4  # constant; the batch is the whole training set
     record_every: int = 4  # steps between two recorded checkpoints
 
 
-ROWS = ("base", "sft", "t3s", "inverse", "random", "rrt")
+TAUS = (0.0, 0.01, 0.05, 0.2)  # of the diffusion student's force sets
 
 
 def run(main, file, **keys):
@@ -48,40 +51,36 @@ def run(main, file, **keys):
 
 
 def main(**given):
-    cfg = Config(**given)
-    started = time.time()
-    shutil.rmtree("runs/demo", ignore_errors=True)
-    table = {name: {"final": [], "lowest": []} for name in ROWS}
-    seeds = cfg.seeds.split(",")
+    cfg, started = Config(**given), time.time()
+    if cfg.student not in ("autoregressive", "diffusion"):
+        raise InputError(f"--student={cfg.student}: must be autoregressive or diffusion")
+    ar, seeds = cfg.student == "autoregressive", cfg.seeds.split(",")
+    home, shown = ("demo", ("sft", "t3s")) if ar else ("demo-diffusion", ("sft", "t3s-0.0", "t3s-0.01"))
+    shutil.rmtree(f"runs/{home}", ignore_errors=True)
+    table = {}  # {row: {"final", "lowest": an accuracy per seed}}
     for seed in seeds:
-        cycle(cfg, seed, table)
-    names = {name: [f"demo/{seed}/{name}" for seed in seeds] for name in ("sft", "t3s")}
-    report.figure(names, names["sft"], "runs/demo/demo.png")
-    run(report.main, "report.py", run=f"demo/{seeds[0]}/sft,demo/{seeds[0]}/t3s")
-    rows = [{"name": name, **table[name]} for name in ROWS]
-    write_json("runs/demo/table.json", {"rows": rows})
+        (cycle if ar else diffusion_cycle)(cfg, f"{home}/{seed}", seed, table)
+    names = {name: [f"{home}/{seed}/{name}" for seed in seeds] for name in shown}
+    report.figure(names, names["sft"], f"runs/{home}/demo.png")
+    run(report.main, "report.py", run=",".join(runs[0] for runs in names.values()))
+    rows = [{"name": name, **row} for name, row in table.items()]
+    write_json(f"runs/{home}/table.json", {"rows": rows})
     show(rows, seeds)
-    print(f"\nthe picture: runs/demo/demo.png; token by token: runs/demo/{seeds[0]}/sft/report.html "
+    print(f"\nthe picture: runs/{home}/demo.png; token by token: runs/{home}/{seeds[0]}/sft/report.html "
           f"({time.time() - started:.0f} s in all)")  # fmt: skip
 
 
-def cycle(cfg, seed, table):
+def cycle(cfg, home, seed, table):
     """Base, SFT, T3S and the controls for one student; adds to `table`."""
-    home, world = f"demo/{seed}", f"data/toy-{seed}"
-    run(toy.main, "toy.py", seed=int(seed), out=world)
-    same = dict(model=f"students/toy-{seed}", data=f"{world}/teacher", eval_data=f"{world}/unseen", steps=cfg.steps,
-                batch_size=0, micro_batch_size=100, lr=cfg.lr, schedule="constant", record_every=cfg.record_every,
-                max_new_tokens=60, seed=int(seed))  # fmt: skip
-    run(train.main, "train.py", run=f"{home}/sft", **same)
-    sft = report.records(f"{home}/sft")["eval_accuracy"]
+    same = world(cfg, seed)
+    sft = trained(f"{home}/sft", model=f"students/toy-{seed}", **same)
     note(table, "base", sft[:1])
     note(table, "sft", sft)
     for rule in ("t3s", "inverse", "random"):
         folder, output = run(load_select().main, "select.py", run=f"{home}/sft", rule=rule, seed=int(seed))
         if rule == "t3s":
             print(output, end="")
-        run(train.main, "train.py", run=f"{home}/{rule}", selection=str(folder))
-        note(table, rule, report.records(f"{home}/{rule}")["eval_accuracy"])
+        note(table, rule, trained(f"{home}/{rule}", selection=str(folder)))
     folder, _ = run(load_select().main, "select.py", run=f"{home}/sft", rule="rrt")
     results, _ = run(evaluation.main, "eval.py", model=str(folder), data=same["eval_data"], max_new_tokens=60,
                      seed=int(seed))  # fmt: skip
@@ -89,19 +88,53 @@ def cycle(cfg, seed, table):
     note(table, "rrt", [summary["accuracy"]])
 
 
+def diffusion_cycle(cfg, home, seed, table):
+    """The same for a diffusion student: force sets over tau by the autoregressive selector, and one by itself."""
+    same = world(cfg, seed)
+    student = dict(model=f"students/toy-diffusion-{seed}", **same)
+    trained(f"{home}/selector", model=f"students/toy-{seed}", **same)
+    sft = trained(f"{home}/sft", **student)
+    note(table, "base", sft[:1])
+    note(table, "sft", sft)
+    chosen = [(f"t3s-{tau}", f"{home}/selector", dict(rule="t3s", tau=tau)) for tau in TAUS]
+    chosen += [(f"{rule}-0.01", f"{home}/selector", dict(rule=rule, tau=0.01)) for rule in ("random", "inverse")]
+    chosen += [("self-0.01", f"{home}/sft", dict(rule="t3s", tau=0.01))]
+    for name, selector, keys in chosen:
+        folder, output = run(load_select().main, "select.py", run=selector, kind="force", seed=int(seed), show=0,
+                             name="t3s" if selector == f"{home}/sft" else name, **keys)  # fmt: skip
+        print(output.splitlines()[-1])
+        note(table, name, trained(f"{home}/{name}", selection=str(folder), **student))
+
+
+def world(cfg, seed):
+    """Write the world of a seed -> what all its runs have in common."""
+    out = f"data/toy-{seed}"
+    run(toy.main, "toy.py", seed=int(seed), out=out)
+    return dict(data=f"{out}/teacher", eval_data=f"{out}/unseen", steps=cfg.steps, batch_size=0, micro_batch_size=100,
+                lr=cfg.lr, schedule="constant", record_every=cfg.record_every, max_new_tokens=60,
+                seed=int(seed))  # fmt: skip
+
+
+def trained(name, **keys):
+    """Train a run -> its recorded accuracies on unseen problems."""
+    run(train.main, "train.py", run=name, **keys)
+    return report.records(name)["eval_accuracy"]
+
+
 def note(table, name, accuracies):
-    table[name]["final"].append(float(accuracies[-1]))
-    table[name]["lowest"].append(float(min(accuracies)))
+    row = table.setdefault(name, {"final": [], "lowest": []})
+    row["final"].append(float(accuracies[-1]))
+    row["lowest"].append(float(min(accuracies)))
     print(f"  {name}: " + " ".join(f"{a:.2f}" for a in accuracies), flush=True)
 
 
 def show(rows, seeds):
     print(f"\naccuracy on unseen problems, mean ± standard deviation over {len(seeds)} students")
-    print(f"{'':9}{'final':>15}{'lowest recorded':>18}")
+    print(f"{'':12}{'final':>15}{'lowest recorded':>18}")
     for row in rows:
         spread = {key: np.std(row[key], ddof=min(1, len(seeds) - 1)) for key in ("final", "lowest")}
         cells = [f"{np.mean(row[key]):.2f} ± {spread[key]:.2f}" for key in spread]
-        print(f"{row['name']:9}{cells[0]:>15}{cells[1]:>18}")
+        print(f"{row['name']:12}{cells[0]:>15}{cells[1]:>18}")
 
 
 if __name__ == "__main__":
