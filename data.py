@@ -73,8 +73,8 @@ class Tokenizer:
     special_ids                                      ids of the special tokens, a set
     hash                                             sha256 of all that determines ids, whatever the file's formatting
 
-    Known limit: of several splits in a row (DeepSeek's) all but the last are found by Python's `regex`, which can be
-    ahead of Hugging Face's engine by the digits and letters of the newest Unicode.
+    Known limit, a handful of characters of the newest Unicode: Python's own NFC may not know them yet, and of several
+    splits in a row (DeepSeek's) all but the last are found by Python's `regex`, which may know them too early.
     """
 
     def __init__(self, folder):
@@ -138,8 +138,9 @@ class Tokenizer:
         self.missing = {b for b in range(256) if bytes([b]) not in vocabulary}  # Hugging Face drops such bytes
         if self.missing and bpe.get("unk_token") is not None:
             raise InputError(f"{path}: bytes without a token, for which unk_token stands, are not supported")
-        made = dict.fromkeys(map("".join, merges))
-        if self.missing or not (bpe.get("ignore_merges") and _all_splits_listed(merges)):
+        if bpe.get("ignore_merges") and not self.missing and _all_splits_listed(merges):
+            made = dict.fromkeys(map("".join, merges))
+        else:
             made = _merge_order(merges)
         tokens = [bytes([b]) for b in range(256)] + [_spelt(token) for token in made]  # in order of rank
         self.core = _encoding(tokens, self.splits)
@@ -182,7 +183,10 @@ class Tokenizer:
         self.hash = _sha256_json(self.hash, kinds)
 
     def encode(self, text):
-        """Text -> ids; special and other added tokens in the text become their ids (no BOS is put in front)."""
+        """Text -> ids; special and other added tokens in the text become their ids (no BOS is put in front).
+
+        Raises InputError for a lone surrogate, which is no text.
+        """
         ids, ((raw, id_of_raw), (normalized, id_of_normalized)) = [], self.cuts
         for part, is_added in _cut(raw, text):
             if is_added:
@@ -197,6 +201,7 @@ class Tokenizer:
         return self._encode_bpe(unicodedata.normalize("NFC", text) if self.nfc else text)
 
     def _encode_bpe(self, text):
+        """Ids of normalized text without added tokens: by tiktoken as a whole, or piece by piece where that differs."""
         try:
             raw = text.encode()
         except UnicodeEncodeError:
@@ -204,7 +209,7 @@ class Tokenizer:
         pieces = [text]
         for split in self.compiled[:-1]:
             pieces = [piece for longer in pieces for piece, _ in _cut(split, longer)]
-        # On a million blanks in a row tiktoken's engine overflows its stack.
+        # on a million blanks in a row tiktoken's engine overflows its stack
         if not (self.by_piece or self.missing.intersection(raw) or LONG_BLANK.search(text)):
             return [self.id_of_rank[rank] for piece in pieces for rank in self.whole.encode_ordinary(piece)]
         for split in self.compiled[-1:]:

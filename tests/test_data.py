@@ -214,7 +214,7 @@ def test_real_ids_are_the_published_ones(real):
     assert ours.encode("<｜User｜>12345") == [128803, *ours.encode("123"), *ours.encode("45")]
 
 
-@pytest.mark.parametrize("name, units", [("qwen", [" ", "\u3000", "x"]), ("smollm2", [" "]), ("llama3", [" ", "\n "])])
+@pytest.mark.parametrize("name, units", [("qwen", [" ", "x"]), ("smollm2", [" "]), ("llama3", ["\n "])])
 def test_a_million_characters_of_one_kind(real, name, units):
     """tiktoken's regex engine overflows on a million blanks."""
     ours, theirs = real(name)
@@ -348,11 +348,11 @@ def test_of_overlapping_added_tokens_the_leftmost_longest_counts(tmp_path):
 
 
 def test_encode_ordinary_takes_added_tokens_as_text(tmp_path, real):
-    ours, _ = real("qwen")
+    ours, _ = real("smollm2")
     _, plain = both(tmp_path, read_json(ours.folder / "tokenizer.json") | {"added_tokens": []})
     for text in hard_texts(1000, list(ours.added)):
         assert ours.encode_ordinary(text) == plain.encode(text).ids
-    assert not set(ours.encode_ordinary("<|im_end|><think>")) & {*ours.added.values()}
+    assert ours.encode("<|im_end|>") == [2] and not {0, 1, 2} & set(ours.encode_ordinary("<|im_start|>a<|im_end|>"))
 
 
 def test_lone_surrogates_are_refused(real):
