@@ -9,6 +9,7 @@ outside references, to be opened, mailed or projected. Next: diffusion.py.
 import base64
 import html
 import io
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -48,7 +49,10 @@ def records(run):
     path = Path("runs") / run / "log.jsonl"
     if not path.exists():
         raise InputError(f"{path}: no such file; is {run} the name of a run?")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON lines ({error})") from None
     lines = [line for line in lines if line.get("event") == "record"]
     if not lines:
         raise InputError(f"{path}: nothing was recorded; train with --record_every")
@@ -82,8 +86,8 @@ def figure(groups, first, path, selection=None):
     first   [runs] of pass 1, for the bifurcation
     """
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
-    low = [bifurcation(run, selection)[3] for run in first]
-    for (name, runs), colour in zip(groups.items(), COLOURS, strict=False):
+    both = [bifurcation(run, selection) for run in first]
+    for (name, runs), colour in zip(groups.items(), itertools.cycle(COLOURS), strict=False):
         curves = [records(run) for run in runs]
         steps = curves[0]["step"]
         shown = "eval_accuracy" if "eval_accuracy" in curves[0] else "accuracy"
@@ -92,8 +96,7 @@ def figure(groups, first, path, selection=None):
                 band(axis, steps, np.stack([curve[key] for curve in curves]), colour, name)
     problems = "unseen" if shown == "eval_accuracy" else "train"
     axes[0].set(title=f"accuracy on {problems} problems", xlabel="step", ylim=(0, 1))
-    axes[1].set(title="loss: NLL of the teacher's tokens", xlabel="step", ylim=(0, None))
-    both = [bifurcation(run, selection) for run in first]
+    axes[1].set(title="loss: NLL of all teacher's tokens", xlabel="step", ylabel="nats", ylim=(0, None))
     steps = both[0][0]
     for index, name, colour in ((1, "anchors (rose)", COLOURS[3]), (2, "yet-to-learn (fell)", COLOURS[2])):
         band(axes[2], steps, np.stack([b[index] for b in both]), colour, name)
@@ -101,8 +104,9 @@ def figure(groups, first, path, selection=None):
     axes[2].set(title="confidence in pass 1, relative to step 0", xlabel="step", ylabel="nats")
     axes[2].set_yscale("symlog", linthresh=0.01)  # yet-to-learn tokens fall little, anchors rise a lot
     for axis in axes:
-        for step in low:
-            axis.axvline(step, color="grey", linewidth=0.8, linestyle=":")
+        for i, step in enumerate(sorted({b[3] for b in both})):
+            label = None if i else "bottleneck of pass 1"
+            axis.axvline(step, color="grey", linewidth=0.8, linestyle=":", label=label)
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     with whole_file(path) as aside:
@@ -124,7 +128,8 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em aut
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}table{border-collapse:collapse}
 td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
 pre{white-space:pre-wrap;font:14px/1.7 ui-monospace,monospace;border-left:3px solid #ddd;padding-left:.8em}
-.q{color:#777}.d{text-decoration:line-through}"""
+.q{color:#777}.side{display:flex;flex-wrap:wrap;gap:0 4em}.keep{text-decoration:line-through}
+.force{text-decoration:underline 2px}"""
 
 
 def colour_of(delta):
@@ -133,8 +138,8 @@ def colour_of(delta):
     return f"rgb({255 - depth},{255 - depth // 2},255)" if delta > 0 else f"rgb(255,{255 - depth},{255 - depth})"
 
 
-def token_view(train_set, tokenizer, trajectory, low, mask, i):
-    """Example i as HTML: every response token on its colour, struck through where the mask leaves it out."""
+def token_view(train_set, tokenizer, trajectory, low, mask, kind, i):
+    """Example i as HTML: every response token on its colour; marked what the mask takes from the loss, or forces."""
     a, b, c = train_set.spans[i]
     start, bottom = trajectory[0]["logprob"], trajectory[low]["logprob"]
     pieces = [f'<span class="q">{html.escape(tokenizer.decode(train_set.prompt(i)))}</span>']
@@ -142,15 +147,31 @@ def token_view(train_set, tokenizer, trajectory, low, mask, i):
         delta = float(bottom[t] - start[t])
         name = html.escape(tokenizer.decode([train_set.tokens[t]]))
         hint = f"p {math.exp(start[t]):.3f} at step 0, {math.exp(bottom[t]):.3f} at step {low}; delta {delta:+.3f}"
-        dropped = "" if mask[t] else ' class="d"'
-        pieces.append(f'<span{dropped} style="background:{colour_of(delta)}" title="{hint}">{name}</span>')
+        mark = f' class="{kind}"' if mask[t] == (kind == "force") else ""
+        pieces.append(f'<span{mark} style="background:{colour_of(delta)}" title="{hint}">{name}</span>')
     return f"<h3>example {html.escape(str(train_set.examples[i]['id']))}</h3><pre>{''.join(pieces)}</pre>"
 
 
-def token_rows(tokens):
+def token_table(title, tokens):
     cells = "".join(f"<tr><td><code>{html.escape(repr(t['token']))}</code></td><td>{t['count']}</td>"
                     f"<td>{t['seen']}</td><td>{t['mean_delta']:+.3f}</td></tr>" for t in tokens)  # fmt: skip
-    return f"<table><tr><th>token</th><th>times</th><th>of</th><th>mean delta</th></tr>{cells}</table>"
+    return (f"<div><h2>{title}</h2><table><tr><th>token</th><th>times</th><th>of</th>"
+            f"<th>mean delta of all</th></tr>{cells}</table></div>")  # fmt: skip
+
+
+def accuracy_table(runs):
+    """Accuracy and loss of each run at step 0, at its lowest accuracy and at the end."""
+    rows = []
+    for run in runs:
+        curve = records(run)
+        accuracy = curve.get("eval_accuracy", curve.get("accuracy"))
+        if accuracy is None:  # data without answers
+            continue
+        lowest = int(accuracy.argmin())
+        cells = "".join(f"<td>{accuracy[i]:.1%}</td><td>{curve['nll'][i]:.3f}</td>" for i in (0, lowest, -1))
+        rows.append(f"<tr><td>{html.escape(run)}</td>{cells}<td>{curve['step'][lowest]:.0f}</td></tr>")
+    head = "".join(f"<th>{when}</th><th>loss</th>" for when in ("at step 0", "at its lowest", "at the end"))
+    return f"<table><tr><th>accuracy</th>{head}<th>lowest at step</th></tr>{''.join(rows)}</table>" if rows else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,30 +189,38 @@ def main(**given):
     if not (selection / "mask.npy").exists():
         raise InputError(f"{selection}: no such selection; run select.py --run={runs[0]} first, or name --selection=")
     out = Path(cfg.out or home / "report.html")
+    png = out.with_suffix(".png")
+    if png == out:
+        raise InputError(f"--out={out}: names the HTML file; the PNG goes beside it")
     trained, chosen = read_json(home / "config.json")["config"], read_json(selection / "config.json")
-    stats, low = read_json(selection / "stats.json"), chosen["bottleneck_step"]
+    stats, low, kind = read_json(selection / "stats.json"), chosen["bottleneck_step"], chosen["kind"]
     train_set = data.load(trained["data"])
-    mask = load_select().load_mask(selection, train_set, chosen["kind"])
+    mask = load_select().load_mask(selection, train_set, kind)
     tokenizer = data.load_tokenizer(local_folder(trained["model"]))
     trajectory = {step: {"logprob": t["logprob"]} for step, t in load_select().load_trajectory(runs[0]).items()
-                  if step in (0, low)}  # fmt: skip
+                  if step in (0, low) and str(t["sha256"]) == train_set.sha256}  # fmt: skip
+    if not {0, low} <= trajectory.keys():
+        raise InputError(f"{home / 'trajectory'}: steps 0 and {low} of {trained['data']} are not both there; "
+                         f"run select.py --run={runs[0]} again")  # fmt: skip
 
-    png = out.with_suffix(".png")
     figure({run: [run] for run in runs}, runs[:1], png, selection)
     image = base64.b64encode(png.read_bytes()).decode()
-    what = "stays in the loss" if chosen["kind"] == "keep" else "is always masked"
+    what, mark = {"keep": ("stay in the loss", "Struck through: left out of the loss"),
+                  "force": ("are always masked", "Underlined: always masked")}[kind]  # fmt: skip
     page = io.StringIO()
     page.write(f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(runs[0])}</title>"
                f"<style>{STYLE}</style><h1>T3S: {html.escape(', '.join(runs))}</h1>"
                f"<p>Bottleneck at step {low}. Of {stats['response_tokens']:,} response tokens {stats['share']:.1%} "
                f"{what} (rule {html.escape(chosen['rule'])}, tau {chosen['tau']:g}).</p>"
                f'<img alt="accuracy, loss and confidence per step" src="data:image/png;base64,{image}">'
-               f"<h2>Most frequent anchors</h2>{token_rows(stats['anchor_tokens'])}"
-               f"<h2>Most frequent yet-to-learn tokens</h2>{token_rows(stats['yet_to_learn_tokens'])}"
-               f"<h2>Token by token</h2><p>Blue: confidence rose from step 0 to step {low}; red: it fell. Struck "
-               f"through: not what {what}. Hover for the numbers.</p>")  # fmt: skip
+               f"{accuracy_table(runs)}<p>Delta: a token's log-probability at step {low} less that at step 0, in nats. "
+               f"Anchors rose by more than {chosen['tau']:g}, yet-to-learn tokens fell by more.</p><div class=side>"
+               f"{token_table('Most frequent anchors', stats['anchor_tokens'])}"
+               f"{token_table('Most frequent yet-to-learn tokens', stats['yet_to_learn_tokens'])}</div>"
+               f"<h2>Token by token</h2><p>Blue: confidence rose from step 0 to step {low}; red: it fell. {mark}. "
+               f"Hover for the numbers.</p>")  # fmt: skip
     for i in range(min(cfg.examples, len(train_set))):
-        page.write(token_view(train_set, tokenizer, trajectory, low, mask, i))
+        page.write(token_view(train_set, tokenizer, trajectory, low, mask, kind, i))
     with whole_file(out) as aside:
         aside.write_text(page.getvalue(), encoding="utf-8")
     print(f"{out} and {png}")

@@ -21,7 +21,8 @@ if __name__ == "select":
     import importlib.util
     import os
 
-    elsewhere = [p for p in sys.path if os.path.realpath(p or ".") != os.path.dirname(os.path.realpath(__file__))]
+    # Python's is no .py file; another copy of this folder on the path has one too, and would send us back here
+    elsewhere = [p for p in sys.path if not os.path.isfile(os.path.join(p, "select.py"))]
     spec = importlib.machinery.PathFinder.find_spec("select", elsewhere)
     if spec is None:
         raise ImportError(f"Python's own module select is not on sys.path; {__file__} is not it")
