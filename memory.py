@@ -1,5 +1,151 @@
-"""x"""
+"""What would it take? The memory of a training run on so many GPUs, from config.json alone; and MFU while it runs.
+
+    python train.py --model=FOLDER --dry_run=true --gpus=8 --dtype=bfloat16 --max_row_tokens=16384
+    python train.py --model=FOLDER --dry_run=true --data=D --checkpoint_activations=true --gpu_memory_gib=141
+
+FOLDER needs a config.json and no weights. The length of a row is --max_row_tokens, or that of the longest example of
+--data. Shapes are the model's own: it is built, and one of its blocks is run, on the meta device, where tensors have
+shapes and no memory, and what autograd keeps is counted. Not counted: CUDA's context, NCCL's buffers and what the
+allocator loses to fragmentation; a tenth of the memory is left for them. docs/SCALE.md has the figures for real models.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+import data
+import model
+from config import InputError
+from parallel import world_size
+
+GIB = 2**30
+# dense bfloat16 tensor-core peaks of the makers' data sheets, by the exact name the driver gives: any other, no MFU
+PEAK = {
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
+}  # fmt: skip
+
+
 def mfu(cfg, device, flops, seconds):
-    return {}
+    """{"mfu": share of the GPUs' peak that the model's own operations took}; {} where the peak is not known."""
+    peak = PEAK.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if cfg.dtype != "bfloat16" or not peak or not flops:
+        return {}
+    return {"mfu": round(flops / seconds / (peak * world_size()), 4)}
+
+
 def dry_run(cfg):
-    pass
+    """Print the plan of a run -> its figures, {name: bytes per process} and "fits", the largest micro_batch_size."""
+    shape = model.read_config(cfg.model)
+    length = cfg.max_row_tokens
+    if not length and cfg.data:
+        spans = data.load(cfg.data).spans
+        length = int((spans[:, 2] - spans[:, 0]).max())
+    if not length:
+        raise InputError("how long is a row? --max_row_tokens=N, or --data to take its longest example")
+    fixed, per_row, student = plan(cfg, shape, length)
+    room = 0.9 * cfg.gpu_memory_gib * GIB - sum(fixed.values())
+    fits = max(0, math.floor(room / per_row["all"]))
+    parameters = sum(p.numel() for p in student.parameters())
+    print(f"{cfg.model}: {shape.model_type}, {parameters:,} parameters, {shape.num_hidden_layers} blocks; {cfg.dtype} "
+          f"on {cfg.gpus} x {cfg.gpu_memory_gib:g} GiB, rows of {length:,} tokens")  # fmt: skip
+    for name, size in fixed.items():
+        print(f"{size / GIB:10.3f} GiB  {name}")
+    kept = "its input only" if cfg.checkpoint_activations else "all that its backward pass needs"
+    print(f"{per_row['block'] / GIB:10.3f} GiB  activations of one block, of each row")
+    print(f"{per_row['saved'] / GIB:10.3f} GiB  of these kept until its backward pass: {kept}")
+    print(f"{per_row['all'] / GIB:10.3f} GiB  activations of each row, all blocks")
+    total = sum(fixed.values()) + cfg.micro_batch_size * per_row["all"]
+    print(f"{total / GIB:10.3f} GiB  in all with --micro_batch_size={cfg.micro_batch_size}; 90 % of the memory hold "
+          f"{fits} rows = {fits * length:,} tokens in a pass")  # fmt: skip
+    return {**fixed, **per_row, "parameters": parameters, "total": total, "fits": fits}
+
+
+def plan(cfg, shape, length):
+    """-> ({name: bytes} whatever the batch, {name: bytes} of each row, the model on the meta device)."""
+    with torch.device("meta"):
+        student = model.Transformer(shape)
+    size = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
+    sharded = cfg.gpus > 1 or cfg.dtype != "float32"  # else train.py does without FSDP
+    # FSDP2 cuts the first dimension in equal parts, rounded up
+    shards = 4 * sum(-(-len(p) // cfg.gpus) * p.numel() // len(p) for p in student.parameters())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in student.model.layers]
+    rest = sum(p.numel() for p in student.parameters()) - sum(blocks)
+    head = shape.vocab_size * shape.hidden_size
+    chunk = max(1, 2**26 // shape.vocab_size) * shape.vocab_size  # as in Transformer.forward
+    fixed = {"weights: float32, sharded": shards, "gradients: float32, sharded": shards,
+             "AdamW's two moments: float32, sharded": 2 * shards}  # fmt: skip
+    if sharded:
+        fixed[f"two blocks gathered in {cfg.dtype}, the gradients of one, and these in float32 to be reduced"] = (
+            max(blocks) * (3 * size + 4))
+        fixed[f"embedding, norm and head gathered in {cfg.dtype} for the whole step, and their gradients"] = (
+            rest * (2 * size + 4))
+    fixed["logits of a chunk of scored rows, twice, and the head's gradient, float32"] = 8 * chunk + 4 * head
+    # a block objective reads [x_t, x_0]; complementary masks make two rows of each example
+    tokens = length * (2 if shape.attention == "block" else 1) * (2 if cfg.complementary and shape.is_diffusion else 1)
+    kinds = [kept_by(shape, layer, tokens, cfg.dtype) for layer in range(shape.num_hidden_layers)]
+    stream = tokens * shape.hidden_size * size
+    saved = [stream] * len(kinds) if cfg.checkpoint_activations else kinds
+    # checkpointed, the block whose turn it is on the way back is computed again: its activations come on top
+    again = max(kinds) if cfg.checkpoint_activations else 0
+    per_row = {"block": max(kinds), "saved": max(saved), "all": sum(saved) + again + 4 * stream}
+    return fixed, per_row, student
+
+
+KEPT = {}  # (the config, is it a mixture of experts, tokens, dtype) -> bytes: blocks of a kind are alike
+
+
+def kept_by(shape, layer, tokens, dtype):
+    """Bytes that autograd keeps of one block between its forward and backward pass, by running it on the meta device.
+
+    Without torch.compile, which keeps less. Weights, RoPE's tables and masks are not the block's own.
+    """
+    key = (str(shape), layer in shape.moe_layers, tokens, dtype)
+    if key in KEPT:
+        return KEPT[key]
+    kind = getattr(torch, dtype)
+    with torch.device("meta"):
+        block = model.Block(shape, layer).to(kind)
+        x = torch.empty(1, tokens, shape.hidden_size, dtype=kind, requires_grad=True)
+        cos, sin = torch.empty(2, 1, 1, tokens, int(shape.head_dim * shape.partial_rotary_factor))
+    others = {t.untyped_storage()._cdata for t in (cos, sin, *block.parameters(), *block.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # views of one storage count once
+        return tensor
+
+    attend, grouped = F.scaled_dot_product_attention, model.grouped_linear
+    F.scaled_dot_product_attention, model.grouped_linear = flash, experts
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            block.compute(x, cos, sin, None, False, None)
+    finally:
+        F.scaled_dot_product_attention, model.grouped_linear = attend, grouped
+    KEPT[key] = sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in others)
+    return KEPT[key]
+
+
+class Keep(torch.autograd.Function):
+    """Stands in for a kernel that the meta device lacks: `out`, and the other tensors are kept."""
+
+    @staticmethod
+    def forward(ctx, out, *kept):
+        ctx.save_for_backward(*kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError  # nothing is trained here
+
+
+def flash(q, k, v, **given):
+    """A fused attention kernel keeps queries, keys, values, its output and a log-sum-exp per query."""
+    out = torch.empty_like(q)
+    return Keep.apply(out, q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device))
+
+
+def experts(x, weight, ends):
+    """A grouped matrix product keeps its inputs."""
+    return Keep.apply(x.new_empty(len(x), weight.shape[1]), x, weight, ends)

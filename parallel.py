@@ -7,7 +7,6 @@ One process is the same program: every function here then does the obvious thing
 is torch.distributed's, nothing is home-made. Next: resume.py.
 """
 
-import math
 import os
 import sys
 from datetime import timedelta
@@ -121,8 +120,3 @@ def grad_norm(student):
     """The norm of all gradients over all processes, as a tensor; of shards it is no partial one."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def local_bytes(tensors):
-    """How many bytes of these tensors this process holds."""
-    return sum(math.prod(t.to_local().shape if isinstance(t, DTensor) else t.shape) * t.element_size() for t in tensors)
