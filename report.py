@@ -96,7 +96,7 @@ def figure(groups, first, path, selection=None):
                 band(axis, steps, np.stack([curve[key] for curve in curves]), colour, name)
     problems = "unseen" if shown == "eval_accuracy" else "train"
     axes[0].set(title=f"accuracy on {problems} problems", xlabel="step", ylim=(0, 1))
-    axes[1].set(title="loss: NLL of all teacher's tokens", xlabel="step", ylabel="nats", ylim=(0, None))
+    axes[1].set(title="loss: NLL of all the teacher's tokens", xlabel="step", ylabel="nats", ylim=(0, None))
     steps = both[0][0]
     for index, name, colour in ((1, "anchors (rose)", COLOURS[3]), (2, "yet-to-learn (fell)", COLOURS[2])):
         band(axes[2], steps, np.stack([b[index] for b in both]), colour, name)
@@ -214,7 +214,8 @@ def main(**given):
                f"{what} (rule {html.escape(chosen['rule'])}, tau {chosen['tau']:g}).</p>"
                f'<img alt="accuracy, loss and confidence per step" src="data:image/png;base64,{image}">'
                f"{accuracy_table(runs)}<p>Delta: a token's log-probability at step {low} less that at step 0, in nats. "
-               f"Anchors rose by more than {chosen['tau']:g}, yet-to-learn tokens fell by more.</p><div class=side>"
+               f"Anchors rose by more than {chosen['tau']:g}, yet-to-learn tokens fell by more than that.</p>"
+               f"<div class=side>"
                f"{token_table('Most frequent anchors', stats['anchor_tokens'])}"
                f"{token_table('Most frequent yet-to-learn tokens', stats['yet_to_learn_tokens'])}</div>"
                f"<h2>Token by token</h2><p>Blue: confidence rose from step 0 to step {low}; red: it fell. {mark}. "
