@@ -20,6 +20,7 @@ import diffusion
 import model
 import toy
 import train
+import trajectory
 from config import InputError, load_select, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -257,7 +258,7 @@ def test_checkpoints_kept_are_the_bottleneck_the_last_and_what_was_asked_for(her
     def evaluate(student, tokenizer, problems, **sampling):
         return next(accuracies), [{"correct": False}] * len(problems)
 
-    monkeypatch.setattr(train.evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(trajectory.evaluation, "evaluate", evaluate)
     train.main(run="sft", record_every=1, save_every=2, **SHORT | dict(steps=5))
     kept = sorted(int(path.name) for path in Path("runs/sft/checkpoints").iterdir())
     assert kept == [2, 3, 4, 5]  # 1 was the lowest for a while; 3 and 4 are equal, the earlier one counts
@@ -525,7 +526,7 @@ def test_the_shell_gets_one_line_and_an_exit_code(here):
     save_file(stored, "broken/model.safetensors", metadata={"format": "pt"})
     words = ["--run=x", "--model=broken", "--data=data/toy-1/teacher"]
     for more, message in ((["--stpes=3"], "unknown key --stpes; did you mean --steps?"),
-                          (["--steps=three"], "--steps=three: the value must be of type int"),
+                          (["--steps=three"], "--steps=three: the value must be a whole number"),
                           ([], "the tensor model.norm.weight is missing")):  # fmt: skip
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words, *more], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
