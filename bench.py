@@ -2,7 +2,7 @@
 
     python bench.py                                                   # random weights of SmolLM2-135M's shape
     python bench.py --what=train,generate --model=M --data=gsm8k_train.jsonl
-    python bench.py --what=loss                                       # one section: train, generate, loss or moe
+    python bench.py --what=loss                                       # one section: parity, train, generate, loss, moe
 
 One function a section; each returns lines of the table that is printed at the end. A ratio is "how many times better
 than the other side" (faster, or smaller). The two sides take turns, step by step, and a ratio is the median of the
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+import batches as batching
 import data
 import eval as evaluation
 import model
@@ -37,7 +38,7 @@ from config import InputError, command, write_json
 
 @dataclass
 class Config:
-    what: str = "train,generate,loss,moe"  # sections, separated by commas
+    what: str = "parity,train,generate,loss,moe"  # sections, separated by commas
     model: str = ""  # a Hugging Face folder or hub id; default: random weights of SmolLM2-135M's shape
     data: str = ""  # a jsonl file for data.py, with --model; default: random ids, as many as GSM8K's lines have
     threads: int = 2  # of the CPU
@@ -164,6 +165,32 @@ def free_memory():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# parity: the same numbers as transformers and tokenizers, without which no ratio means anything
+
+
+def parity_section(cfg, folder, examples, batch=4):
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.from_numpy(data.collate(examples, range(batch))[0])
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours, other = model.load(folder)(ids), theirs(ids).logits
+    lines = [line(f"largest difference of {ours.numel()} logits", (ours - other).abs().max().item(), None,
+                  wanted="< 1e-4")]  # fmt: skip
+    if cfg.data:
+        from tokenizers import Tokenizer
+
+        ours, other = data.load_tokenizer(folder), Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        texts = []
+        for number, text in enumerate(Path(cfg.data).read_bytes().splitlines(), 1):
+            _, messages, response, *_ = data.read_example(text, f"{cfg.data}, line {number}")
+            texts += [*(message["content"] for message in messages), response]
+        same = sum(ours.encode(t) == other.encode(t, add_special_tokens=False).ids for t in texts)
+        lines.append(line("texts with the ids of tokenizers", same, len(texts), wanted="all"))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # train: train.py's step against transformers' Trainer. Same weights, micro-batches, AdamW, schedule, clipping; float32
 
 
@@ -230,7 +257,7 @@ def trainer_steps(run, after_step):
     losses, batches, cfg = [], [], run.cfg
     for step in range(cfg.steps):
         examples = data.step_examples(len(run.train_set), cfg.batch_size, step, cfg.seed)
-        for rows in train.shares(run, examples):
+        for rows in batching.shares(run, examples):
             ids, targets = data.collate(run.train_set, [i for row in rows for i in row])
             labels = F.pad(torch.from_numpy(targets), (1, 0), value=-100)[:, :-1]  # it shifts them itself
             batches.append({"input_ids": torch.from_numpy(ids), "labels": labels})
@@ -397,7 +424,8 @@ def loop_over_experts(gate, experts, x):
     return out
 
 
-SECTIONS = {"train": train_section, "generate": generate_section, "loss": loss_section, "moe": moe_section}
+SECTIONS = {"parity": parity_section, "train": train_section, "generate": generate_section,
+            "loss": loss_section, "moe": moe_section}  # fmt: skip
 
 if __name__ == "__main__":
     command(main, Config)

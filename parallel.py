@@ -38,6 +38,12 @@ def start_processes(cfg):
     return device
 
 
+def end_processes():
+    """Threads that still listen when the interpreter is gone can turn a good end into an abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 

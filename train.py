@@ -28,17 +28,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import data
 import diffusion
-import eval as evaluation
 import memory
 import model
 import resume
-from config import InputError, command, load_select, read_json, whole_file, write_json
-from packing import causal_within, collate_rows, pack
-from parallel import all_reduce, decide, gather, grad_norm, parallelize, rank, start_processes, stop, world_size
+from batches import micro_batches, pack, padded_slots
+from config import InputError, command, load_select, read_json, write_json
+from parallel import (
+    all_reduce, decide, end_processes, gather, grad_norm, parallelize, rank, start_processes, stop, world_size,
+)  # fmt: skip
+from trajectory import record
 
 
 @dataclass
@@ -103,7 +104,6 @@ class Config:
     gpu_memory_gib: float = 80.0  # of the dry run: memory of each
 
 
-SAMPLING = evaluation.SAMPLING
 # with a student of the other kind (autoregressive, diffusion) than pass 1's, no other key of pass 1 is inherited
 OF_THE_EXPERIMENT = ("data", "eval_data", "seed", "record_every", "save_every", "samples", "max_new_tokens")
 NEVER_INHERITED = ("run", "selection", "resume", "allow_changes", "dry_run")
@@ -156,6 +156,7 @@ def main(**given):
                 if cfg.record_every and not asked and (step % cfg.record_every == 0 or last):
                     recorded = record(run, step)
                     write_log(log, recorded)
+                    show_recorded(recorded)
                     accuracy = recorded["accuracy"]
                     if step and accuracy is not None and (lowest is None or accuracy < lowest[0]):
                         model.save(student, run.source, checkpoint(folder, step))  # the bottleneck so far
@@ -182,79 +183,6 @@ def main(**given):
         saved = checkpoint(folder, step) if step else "none"
         lead = "\n" if sys.stdout.isatty() else ""
         print(f"{lead}{state}: {folder} ({time.time() - started:.0f} s), last checkpoint: {saved}")
-
-
-def micro_batches(run, step):
-    """This process's share of optimizer step `step`, cut into forward passes of rows of similar length.
-
-    Which examples make the step is a pure function of (cfg.seed, step), whatever the number of processes. Every
-    process gets the same number of micro-batches (an empty one counts 0), since every forward pass is collective.
-    A micro-batch is a dict:
-
-    examples   (n,) which ones, for messages               tokens  int, those of its examples
-    ids        (B, T) int64                                 count   float, its part of the step's normaliser
-    targets    (B, T) int64, -100 where nothing is scored   weights (B, T) float32 on the NLL; None: all 1
-    positions, attention   as Transformer.forward takes them; None: its defaults
-    """
-    cfg, train_set = run.cfg, run.train_set
-    chosen = data.step_examples(len(train_set), cfg.batch_size, step, cfg.seed)
-    length = train_set.spans[chosen, 2] - train_set.spans[chosen, 0]
-    batches = []
-    for rows in shares(run, chosen):
-        if run.shape.is_diffusion:
-            batch = diffusion.corrupt_batch(
-                run.shape, train_set, np.array([i for row in rows for i in row], dtype=np.int64), forced=run.selected,
-                seed=cfg.seed, step=step, length=int(length.max()), device=run.device, objective=cfg.objective,
-                forced_weight=cfg.forced_weight, weighting=cfg.weighting, t_min=cfg.t_min, t_max=cfg.t_max,
-                complementary=cfg.complementary)  # fmt: skip
-        else:
-            batch = next_token_batch(run, rows, run.selected)
-        batches.append(batch)
-    if cfg.packing:
-        mine = np.concatenate([batch["examples"] for batch in batches])
-        size = train_set.spans[mine, 2] - train_set.spans[mine, 0]
-        batches[0]["unpacked_slots"] = padded_slots(size, cfg.micro_batch_size)
-    return batches
-
-
-def shares(run, examples):
-    """Examples -> one list of rows for each forward pass of this process; a row is a list of examples.
-
-    Longest first, so that rows of a pass are of similar length, and dealt out to the processes like cards.
-    """
-    size = run.train_set.spans[examples, 2] - run.train_set.spans[examples, 0]
-    if run.cfg.packing:
-        rows = [[int(examples[i]) for i in row] for row in pack(size, run.cfg.max_row_tokens)]
-    else:
-        rows = [[int(i)] for i in examples[np.argsort(-size, kind="stable")]]
-    most, mine = -(-len(rows) // world_size()), rows[rank() :: world_size()]
-    return [mine[i : i + run.cfg.micro_batch_size] for i in range(0, most, run.cfg.micro_batch_size)]
-
-
-def next_token_batch(run, rows, keep=None):
-    """Rows -> the micro-batch on which an autoregressive student predicts each (kept) response token."""
-    examples = np.array([i for row in rows for i in row], dtype=np.int64)
-    size = run.train_set.spans[examples, 2] - run.train_set.spans[examples, 0]
-    positions, attention = None, None
-    if run.cfg.packing:
-        ids, targets, positions, segments = collate_rows(run.train_set, rows, keep)  # (B, T) each
-        positions = torch.as_tensor(positions, device=run.device)
-        attention = causal_within(torch.as_tensor(segments, device=run.device))
-    else:
-        ids, targets = data.collate(run.train_set, examples, keep)  # (B, T) each
-    return {
-        "examples": examples, "weights": None, "positions": positions, "attention": attention,
-        "ids": torch.as_tensor(ids, device=run.device), "targets": torch.as_tensor(targets, device=run.device),
-        "tokens": int(size.sum()), "count": float((targets != -100).sum()),
-        "slots": ids.size,
-        "flops": run.student.flops(size.sum(), (targets != -100).sum(), (size * (size + 1) // 2).sum()),
-    }  # fmt: skip
-
-
-def padded_slots(size, rows):
-    """Positions of a forward pass that examples of these sizes take, one a row, `rows` at a time, longest first."""
-    size = np.sort(size)[::-1]
-    return int(sum(size[i] * len(size[i : i + rows]) for i in range(0, len(size), rows)))
 
 
 def train_step(cfg, student, optimizer, batches, step):
@@ -316,107 +244,6 @@ def learning_rate(cfg, step):
         return cfg.lr
     progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The trajectory (paper section 2): what theta_step thinks of every response token, and how often it is right
-
-
-@torch.no_grad()
-def record(run, step):
-    """Write trajectory/<step>.npz and return the log line.
-
-    A sweep of its own over all training examples, whatever is selected: c_t = log p(y_t | y_<t, x) is a property of
-    (checkpoint, data), not of batches; of a diffusion student it is diffusion.confidence. Train accuracy is that of
-    sampled answers, graded by eval.py; None if an example has no answer to compare with (then name the bottleneck
-    yourself: select.py --bottleneck=STEP).
-    """
-    cfg, train_set, tick = run.cfg, run.train_set, time.time()
-    partial = run.folder / "trajectory" / f".{step:06d}.logprob"
-    nll = sweep(run, partial, step)
-    sampling = {key: getattr(cfg, key) for key in SAMPLING}
-    accuracy, correct = None, np.full(len(train_set), np.nan, dtype=np.float32)
-    if all(example["answer"] is not None for example in train_set.examples):
-        accuracy, rows = evaluation.evaluate(run.student, run.tokenizer, train_set, **sampling)
-        correct = np.array([r["correct"] for r in rows], dtype=np.float32).reshape(len(train_set), -1).mean(1)
-    line = {"step": step, "event": "record", "nll": nll, "accuracy": accuracy}
-    if run.eval_set is not None:
-        line["eval_accuracy"], _ = evaluation.evaluate(run.student, run.tokenizer, run.eval_set, **sampling)
-
-    def write():
-        path = partial.with_name(f"{step:06d}.npz")
-        logprob = np.memmap(partial, dtype="<f4", mode="r")
-        with whole_file(path) as aside, open(aside, "wb") as file:
-            np.savez(file, logprob=logprob, correct=correct, accuracy=np.nan if accuracy is None else accuracy,
-                     step=step, sha256=train_set.sha256, tokenizer_hash=run.tokenizer.hash)  # fmt: skip
-        partial.unlink()
-
-    decide(write)
-    return {**line, "seconds": round(time.time() - tick, 4)}
-
-
-def sweep(run, partial, step):
-    """Fill the file `partial`, (n_tokens,) float32, with log-probabilities, nan at prompts -> mean NLL of a response.
-
-    Nothing is held for longer than a forward pass, so the data may be as large as the disk. A sweep that was
-    interrupted goes on with the passes it lacks, the same ones as before: every value is what it would have been.
-    """
-    spans = run.train_set.spans
-
-    def begin():
-        if not partial.exists() or partial.stat().st_size != 4 * len(run.train_set.tokens):
-            with whole_file(partial) as aside, open(aside, "wb") as file:
-                for i in range(0, len(run.train_set.tokens), 2**20):  # real blocks, so a full disk is noticed here
-                    file.write(np.full(min(2**20, len(run.train_set.tokens) - i), np.nan, dtype="<f4").tobytes())
-        stored = np.memmap(partial, dtype="<f4", mode="r")
-        return np.array([np.isfinite(stored[a:b]).all() for _, a, b in spans])
-
-    done = decide(begin)  # (n,) bool
-    for rows in shares(run, np.arange(len(spans))):
-        missing = any(not done[i] for row in rows for i in row)
-        if not any(gather(missing)):
-            continue
-        parts = [None] * world_size()
-        scored = list(score(run, rows))  # (example, (response tokens,) float32)
-        if dist.is_initialized():
-            dist.gather_object(scored, parts if rank() == 0 else None)
-        else:
-            parts = [scored]
-        if rank() == 0:
-            with open(partial, "rb+") as file:
-                for example, logprob in (pair for part in parts for pair in part):
-                    file.seek(4 * spans[example, 1])
-                    file.write(logprob.astype("<f4").tobytes())
-
-    def finish():
-        stored = np.memmap(partial, dtype="<f4", mode="r")
-        total = math.fsum(float(stored[a:b].sum(dtype=np.float64)) for _, a, b in spans)
-        if not math.isfinite(total):
-            partial.unlink()
-            raise InputError(f"step {step}: a response token has probability 0 or nan under the student; "
-                             "nothing written")  # fmt: skip
-        return -total / int((spans[:, 2] - spans[:, 1]).sum())
-
-    return decide(finish)
-
-
-def score(run, rows):
-    """Log-probability of the response tokens of each example in `rows`: yields (example, (n,) float32)."""
-    examples = np.array([i for row in rows for i in row], dtype=np.int64)
-    if run.shape.is_diffusion:
-        cfg = run.cfg
-        found = diffusion.confidence(run.student, run.train_set, examples, draws=cfg.confidence_draws, seed=cfg.seed)
-        yield from zip(examples.tolist(), found, strict=True)
-        return
-    batch = next_token_batch(run, rows)
-    nll = run.student(batch["ids"], batch["targets"], positions=batch["positions"], attention=batch["attention"])
-    nll = nll.cpu().numpy()  # (B, T): position i predicts token i + 1
-    for row, packed in enumerate(rows):
-        at = 0
-        for example in packed:
-            start, prompt_end, end = run.train_set.spans[example]
-            yield example, -nll[row, at + prompt_end - start - 1 : at + end - start - 1]
-            at += end - start
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -615,6 +442,15 @@ def show(cfg, done, accuracy, seconds_a_step):
     print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
 
 
+def show_recorded(recorded):
+    """A recorded checkpoint has a line of its own that stays."""
+    names = {"accuracy": "train accuracy", "eval_accuracy": "accuracy on eval_data", "nll": "NLL of a response token"}
+    shown = [f"{name} {recorded[key]:.3f}" for key, name in names.items() if recorded.get(key) is not None]
+    if rank() == 0:
+        lead = "\r\x1b[K" if sys.stdout.isatty() else ""
+        print(f"{lead}recorded step {recorded['step']} | {' | '.join(shown)} | {recorded['seconds']:.0f} s", flush=True)
+
+
 class Interrupt:
     """Ctrl-C (or SIGTERM) lets the step finish; then the loop saves and stops. A second one stops at once."""
 
@@ -638,3 +474,4 @@ class Interrupt:
 
 if __name__ == "__main__":
     command(main, Config)
+    end_processes()

@@ -35,10 +35,12 @@ import model  # noqa: E402
 import resume  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
+import trajectory  # noqa: E402
 from config import command, write_json  # noqa: E402
 
 PARTS = {"step": (train, "train_step"), "state": (resume, "save"), "checkpoint": (model, "save"),
-         "sweep": (train, "sweep"), "evaluation": (evaluation, "evaluate"), "rewind": (resume, "rewind")}  # fmt: skip
+         "sweep": (trajectory, "sweep"), "evaluation": (evaluation, "evaluate"),
+         "rewind": (resume, "rewind")}  # fmt: skip
 KEYS = dict(model="data/toy-1/untrained", data="data/toy-1/teacher", eval_data="data/toy-1/unseen", steps=9,
             batch_size=4, micro_batch_size=2, lr=1e-3, weight_decay=0.1, record_every=3, save_every=4, resume_every=2,
             max_new_tokens=8, device="cpu")  # fmt: skip

@@ -22,6 +22,7 @@ import data
 import model
 import resume
 import train
+import trajectory
 from config import InputError, load_select, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +125,7 @@ def test_an_interrupted_run_goes_on(here, monkeypatch):
 
 def test_a_sweep_goes_on_where_it_was(here, monkeypatch):
     """Forward passes that an interrupted recording has finished are not made again."""
-    score, asked = train.score, []
+    score, asked = trajectory.score, []
 
     def counted(run, rows):
         asked.append(rows)
@@ -132,7 +133,7 @@ def test_a_sweep_goes_on_where_it_was(here, monkeypatch):
             raise ZeroDivisionError
         return score(run, rows)
 
-    monkeypatch.setattr(train, "score", counted)
+    monkeypatch.setattr(trajectory, "score", counted)
     limit = 5 + 4  # 9 examples, 2 in a pass: 5 passes at step 0, the fourth one at step 3 falls over
     with pytest.raises(ZeroDivisionError):
         train.main(run="cut", **KEYS)

@@ -1,4 +1,4 @@
-"""packing.py: rows that hold what fits, and a loss that does not know of it."""
+"""batches.py: rows that hold what fits, and a loss that does not know of it."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
+import batches
 import data
 import model
-import packing
 import train
 
 
@@ -38,15 +38,15 @@ def log(run):
 
 
 def test_rows_by_hand():
-    assert packing.pack([5, 3, 2, 7], 0) == [[3], [0, 2]] + [[1]]  # limit 7: 7 | 5 + 2 | 3
-    assert packing.pack([5, 3, 2, 7], 10) == [[3, 1], [0, 2]]  # 3 goes where nothing is left over
-    assert packing.pack([9, 4, 4], 8) == [[0], [1, 2]]  # too long for a row: one of its own
-    assert packing.pack([], 8) == []
+    assert batches.pack([5, 3, 2, 7], 0) == [[3], [0, 2]] + [[1]]  # limit 7: 7 | 5 + 2 | 3
+    assert batches.pack([5, 3, 2, 7], 10) == [[3, 1], [0, 2]]  # 3 goes where nothing is left over
+    assert batches.pack([9, 4, 4], 8) == [[0], [1, 2]]  # too long for a row: one of its own
+    assert batches.pack([], 8) == []
 
 
 def test_rows_hold_everything_once_and_nearly_nothing_else():
     length = np.random.default_rng(0).integers(1, 1000, size=3000)
-    rows = packing.pack(length, 4096)
+    rows = batches.pack(length, 4096)
     assert sorted(i for row in rows for i in row) == list(range(3000))
     assert max(length[row].sum() for row in rows) <= 4096
     assert length.sum() / (len(rows) * 4096) > 0.99
@@ -62,10 +62,10 @@ def test_packed_is_one_by_one(here, student, dtype, off, checkpointed):
     for block in packed.model.layers:
         block.checkpoint_activations = checkpointed
     size = np.diff(train_set.spans[:, ::2])[:, 0]
-    rows = packing.pack(size, 100)
+    rows = batches.pack(size, 100)
     assert 1 < len(rows) < len(size) and max(map(len, rows)) > 2
-    ids, targets, positions, segments = (torch.tensor(a) for a in packing.collate_rows(train_set, rows))
-    nll = packed(ids, targets, positions=positions, attention=packing.causal_within(segments))
+    ids, targets, positions, segments = (torch.tensor(a) for a in batches.collate_rows(train_set, rows))
+    nll = packed(ids, targets, positions=positions, attention=batches.causal_within(segments))
     nll.sum().backward()
     for row, examples in enumerate(rows):
         at = 0
@@ -84,7 +84,7 @@ def test_a_block_mask_is_the_bool_mask(here):
     """What CUDA runs, forward, on the CPU: flex_attention with the BlockMask of the same segments."""
     train_set = data.load("data/toy-1/teacher")
     student = model.load("data/toy-1/untrained")
-    ids, targets, positions, segments = (torch.tensor(a) for a in packing.collate_rows(train_set, [[0, 8, 3], [7, 1]]))
+    ids, targets, positions, segments = (torch.tensor(a) for a in batches.collate_rows(train_set, [[0, 8, 3], [7, 1]]))
     T = ids.shape[1]
 
     def visible(row, head, query, key):
@@ -92,7 +92,7 @@ def test_a_block_mask_is_the_bool_mask(here):
 
     blocks = create_block_mask(visible, 2, None, T, T, device="cpu")
     with torch.no_grad():
-        a = student(ids, targets, positions=positions, attention=packing.causal_within(segments))
+        a = student(ids, targets, positions=positions, attention=batches.causal_within(segments))
         b = student(ids, targets, positions=positions, attention=blocks)
     assert torch.allclose(a, b, atol=1e-5) and (a > 0).any()
 
@@ -114,11 +114,11 @@ def test_training_and_recording_packed_change_nothing_but_padding(here):
 
 def test_padding_shares_by_hand(here, capsys):
     """Examples of 5, 3, 2, 7 tokens, two rows at a time: 7 + 5 | 3 + 2 takes 14 + 6 positions for 17 tokens."""
-    assert train.padded_slots(np.array([5, 3, 2, 7]), 2) == 20
-    assert train.padded_slots(np.array([7, 7, 3]), 2) == 17  # their rows when packed
+    assert batches.padded_slots(np.array([5, 3, 2, 7]), 2) == 20
+    assert batches.padded_slots(np.array([7, 7, 3]), 2) == 17  # their rows when packed
     train.main(run="one", **faults.KEYS | dict(steps=1, record_every=0, batch_size=0, packing=True, micro_batch_size=3))
     size = np.diff(data.load("data/toy-1/teacher").spans[:, ::2])[:, 0]
-    rows = np.array([size[row].sum() for row in packing.pack(size, 0)])
+    rows = np.array([size[row].sum() for row in batches.pack(size, 0)])
     slots = [sum(s[i] * len(s[i : i + 3]) for i in range(0, len(s), 3)) for s in (-np.sort(-size), rows)]
     before, after = (1 - size.sum() / n for n in slots)
     expected = f"packing: 9 examples in {len(rows)} rows; padding {before:.1%} of all positions without it, {after:.1%}"
@@ -128,7 +128,7 @@ def test_padding_shares_by_hand(here, capsys):
 
 
 def test_a_row_of_padding_has_no_target():
-    ids, targets, positions, segments = packing.collate_rows(None, [])
+    ids, targets, positions, segments = batches.collate_rows(None, [])
     assert ids.shape == (1, 1) and (targets == -100).all() and (segments == -1).all()
-    assert packing.causal_within(torch.tensor([[0, 0, 1, -1]]))[0, 0].tolist() == [
+    assert batches.causal_within(torch.tensor([[0, 0, 1, -1]]))[0, 0].tolist() == [
         [True, False, False, False], [True, True, False, False], [False, False, True, False], [False] * 3 + [True]]
