@@ -222,7 +222,14 @@ def write(model, prompts, u, choose, eos_ids):
         row[: len(prompt)] = torch.tensor(prompt)
     positions, u = lengths[:, None].to(device), torch.from_numpy(u).to(device)
     cache = Cache(model.config, len(prompts), ids.shape[1] + u.shape[1])
-    logits = model(ids.to(device), cache=cache, rows=positions[:, 0] - 1)  # (B, 1, V): of the last token of each prompt
+    parts, end = [], 0
+    while end < len(prompts):  # prompts of about the same length together: less padding to compute
+        start = end
+        while end < len(prompts) and lengths[end] >= 0.8 * lengths[start]:
+            end += 1
+        cache.rows, last = slice(start, end), positions[start:end, 0] - 1
+        parts.append(model(ids[start:end, : lengths[start:end].max()].to(device), cache=cache, rows=last))
+    logits, cache.rows = torch.cat(parts), slice(None)  # (B, 1, V): of the last token of each prompt
 
     answers = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # whose answer each row of the batch is

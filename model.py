@@ -295,6 +295,7 @@ class Cache:
         self.k = [None] * config.num_hidden_layers  # made by the first keys: their dtype and device may be autocast's
         self.v = [None] * config.num_hidden_layers
         self.positions, self.end = None, 0  # of the forward pass under way; set by Transformer.forward
+        self.rows = slice(None)  # which sequences a forward pass is about; to be set by the caller
 
     def update(self, layer, k, v):
         """Write k, v (B, K, T, D) at self.positions; -> all keys and values up to self.end, (B, K, S, D)."""
@@ -302,9 +303,10 @@ class Cache:
             shape = (self.batch, k.shape[1], self.length, k.shape[3])
             self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
         index = self.positions[:, None, :, None].expand_as(k)
-        self.k[layer].scatter_(2, index, k)
-        self.v[layer].scatter_(2, index, v)
-        return self.k[layer][:, :, : self.end], self.v[layer][:, :, : self.end]
+        keys, values = self.k[layer][self.rows], self.v[layer][self.rows]  # views
+        keys.scatter_(2, index, k)
+        values.scatter_(2, index, v)
+        return keys[:, :, : self.end], values[:, :, : self.end]
 
     def keep_rows(self, rows):
         """Drop every sequence of the batch but `rows` (n,)."""
