@@ -33,12 +33,11 @@ import data
 import diffusion
 import memory
 import model
+import parallel
 import resume
 from batches import micro_batches, pack, padded_slots
 from config import InputError, command, load_select, read_json, write_json
-from parallel import (
-    all_reduce, decide, end_processes, gather, grad_norm, parallelize, rank, start_processes, stop, world_size,
-)  # fmt: skip
+from parallel import all_reduce, decide, gather, grad_norm, parallelize, rank, start_processes, stop, world_size
 from trajectory import record
 
 
@@ -474,4 +473,4 @@ class Interrupt:
 
 if __name__ == "__main__":
     command(main, Config)
-    end_processes()
+    parallel.end_processes()

@@ -380,7 +380,8 @@ def test_n_processes_do_what_one_does(here, n):
     keys = {name: SHORT | dict(batch_size=3, micro_batch_size=1, record_every=4, max_new_tokens=4) | more
             for name, more in STUDENTS.items() if n == 2 or name in ("ar", "llada2")}  # fmt: skip
     Path("all.py").write_text("import json, sys\nsys.path.insert(0, sys.argv[1])\nimport train\n"
-                              "for keys in json.loads(sys.argv[2]): train.main(**keys)\ntrain.end_processes()\n")  # fmt: skip
+                              "for keys in json.loads(sys.argv[2]): train.main(**keys)\n"
+                              "train.parallel.end_processes()\n")  # fmt: skip
     runs = [more | dict(run=f"{name}-{n}") for name, more in keys.items()]
     done = torchrun(n, script="all.py", words=[str(ROOT), json.dumps(runs)])
     assert done.returncode == 0, done.stderr
