@@ -222,7 +222,8 @@ def test_a_world_without_problems_is_refused(keys, tmp_path, monkeypatch):
 
 def test_pretraining_writes_a_student_and_cleans_up(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    toy.main(seed=4, pretrain=True, diffusion=True, pretrain_steps=2, diffusion_steps=2, teacher_problems=2, unseen_problems=2)
+    toy.main(seed=4, pretrain=True, diffusion=True, pretrain_steps=2, diffusion_steps=2,
+             teacher_problems=2, unseen_problems=2)  # fmt: skip
     trained, untrained = (model.load(f).state_dict() for f in ("students/toy-4", "data/toy-4/untrained"))
     assert trained.keys() == untrained.keys()
     assert any(not torch.equal(trained[name], untrained[name]) for name in trained)
