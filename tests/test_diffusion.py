@@ -389,7 +389,7 @@ def test_confidence_asks_for_as_many_passes_whatever_there_is_to_do(monkeypatch,
 # ---------------------------------------------------------------------------------------------------------------------
 # Samplers
 
-PROMPTS = [[5, 6, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, MASK, 4, 12], [40]]  # a mask in a prompt is prompt
+PROMPTS = [[5, 6, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, MASK, 12], [40]]  # a mask in a prompt is prompt
 
 
 def trajectory(student, prompt, n, **keys):
@@ -398,8 +398,9 @@ def trajectory(student, prompt, n, **keys):
             for canvas, new in diffusion.generate(student, [prompt], n, **keys)]  # fmt: skip
 
 
-def llada_by_the_rules(student, prompt, n, block, steps, cfg=0.0, threshold=None, no_eos=False, eos_last=()):
-    """LLaDA's generate.py at temperature 0, one sequence."""
+def llada_by_the_rules(student, prompt, n, block, steps, cfg=0.0, threshold=None, no_eos=False, eos_last=(),
+                       temperature=0.0, random=False):  # fmt: skip
+    """LLaDA's generate.py, one sequence; the documented uniforms (seed 0, example 0) where it draws."""
     x, P, found = prompt + [MASK] * n, len(prompt), []
     per = steps // (n // block)
     for b in range(n // block):
@@ -415,7 +416,12 @@ def llada_by_the_rules(student, prompt, n, block, steps, cfg=0.0, threshold=None
             if no_eos:
                 logits[:, EOS] = -torch.inf
             proposed, p = logits.argmax(-1).tolist(), logits.softmax(-1)
-            sure = {i: float(p[i, proposed[i]]) for i in range(low, high) if x[i] == MASK}
+            u = noise(f"0 {b}", step, 0, 2 * block)
+            if temperature:
+                cdf = (logits[low:high] / temperature).softmax(-1).cumsum(-1)
+                proposed[low:high] = [int((row > u[i] * row[-1]).nonzero()[0]) for i, row in enumerate(cdf)]
+            sure = {i: float(u[block + i - low] if random else p[i, proposed[i]])
+                    for i in range(low, high) if x[i] == MASK}  # fmt: skip
             count = block // per + (step < block % per)
             order = sorted(sure, key=lambda i: (proposed[i] in eos_last, -sure[i], i))
             chosen = order[:count]
@@ -440,6 +446,15 @@ def test_llada_sampler_equals_the_rules_at_temperature_0(block, steps, cfg):
             assert len(expected) == steps
             ours = trajectory(student, prompt, 24, block_length=block, denoising_steps=steps, cfg_scale=cfg)
             assert ours == expected
+
+
+@pytest.mark.parametrize("keys", [dict(temperature=0.8), dict(temperature=1.5), dict(remasking="random"),
+                                  dict(temperature=1.0, remasking="random")], ids=str)  # fmt: skip
+def test_what_is_drawn_is_a_function_of_seed_example_block_pass_and_position(keys):
+    student = make_student("full")
+    expected = llada_by_the_rules(student, PROMPTS[1], 24, 8, 12, temperature=keys.get("temperature", 0.0),
+                                  random="remasking" in keys)  # fmt: skip
+    assert trajectory(student, PROMPTS[1], 24, block_length=8, denoising_steps=12, **keys) == expected
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.3, 0.9])
@@ -522,7 +537,7 @@ def mini(tmp_path_factory):
     return model.load(folder)
 
 
-MINI_PROMPTS = [[5, 6, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, 60, 4, 12], [40]]
+MINI_PROMPTS = [[5, 60, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, 6, 4, 12], [40]]
 
 
 @pytest.mark.parametrize("keys", [
