@@ -35,8 +35,9 @@ class Config:
     seed: int = 1  # of the problems, the slips, the weights
     out: str = ""  # folder to write; default data/toy-<seed>
     pretrain: bool = False  # pretrain the student too, a minute or two on two CPU cores
-    diffusion: bool = False  # turn the pretrained student into a masked-diffusion one, five minutes
-    pretrain_steps: int = 1200  # batches of 64 fresh problems, for either
+    diffusion: bool = False  # turn the pretrained student into a masked-diffusion one, five minutes more
+    pretrain_steps: int = 1200  # batches of 64 fresh problems
+    diffusion_steps: int = 1600  # batches of 64 fresh problems
     teacher_problems: int = 200  # traces in teacher.jsonl
     unseen_problems: int = 300  # problems in unseen.jsonl
 
@@ -189,25 +190,25 @@ def write_diffusion_student(student, out):
 
 
 def write_world(cfg, out):
-    """The untrained student and the jsonl files; pretrain.jsonl only if it is needed. Each is a function of the seed.
+    """The untrained student and the jsonl files, of pretraining only those that are needed. All functions of the seed.
 
-    Unseen problems are in neither of the other two files.
+    Unseen problems are in no other file, be it written or not; the two pretraining files begin with the same problems.
     """
-    rng = {name: random.Random(f"{cfg.seed} {name}") for name in ("pretrain", "teacher", "unseen")}
-    problems = {
-        "pretrain": [make_problem(rng["pretrain"]) for _ in range(cfg.pretrain_steps * 64)],
-        "teacher": [make_problem(rng["teacher"]) for _ in range(cfg.teacher_problems)],
-    }
+    sizes = {"pretrain": cfg.pretrain_steps * 64, "pretrain-diffusion": cfg.diffusion_steps * 64,
+             "teacher": cfg.teacher_problems}  # fmt: skip
+    rng = {name: random.Random(f"{cfg.seed} {name.partition('-')[0]}") for name in (*sizes, "unseen")}
+    problems = {name: [make_problem(rng[name]) for _ in range(size)] for name, size in sizes.items()}
     seen, problems["unseen"] = {p for group in problems.values() for p in group}, []
     while len(problems["unseen"]) < cfg.unseen_problems:
         problem = make_problem(rng["unseen"])
         if problem not in seen:
             seen.add(problem)
             problems["unseen"].append(problem)
+    wanted = ["pretrain"] * cfg.pretrain + ["pretrain-diffusion"] * cfg.diffusion + ["teacher", "unseen"]
     with whole_folder(out) as folder:
         write_student(folder / "untrained", cfg.seed)
-        for name in problems if cfg.pretrain or cfg.diffusion else ("teacher", "unseen"):
-            trace = student_trace if name == "pretrain" else teacher_trace
+        for name in wanted:
+            trace = student_trace if name.startswith("pretrain") else teacher_trace
             lines = [{"id": i, "prompt": f"{p}?", "response": trace(rng[name], p), "answer": solve(p)}
                      for i, p in enumerate(problems[name])]  # fmt: skip
             text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -218,25 +219,26 @@ def main(**given):
     """Write the world, tokenised for train.py and eval.py, and pretrain its students if asked to."""
     cfg = Config(**given)
     out, student = Path(cfg.out or f"data/toy-{cfg.seed}"), f"students/toy-{cfg.seed}"
-    if min(cfg.teacher_problems, cfg.unseen_problems, cfg.pretrain_steps) < 1:
-        raise InputError("--teacher_problems, --unseen_problems and --pretrain_steps must be at least 1")
+    for key in ("teacher_problems", "unseen_problems", "pretrain_steps", "diffusion_steps"):
+        if getattr(cfg, key) < 1:
+            raise InputError(f"--{key}={getattr(cfg, key)}: must be at least 1")
     write_world(cfg, out)
     for path in sorted(out.glob("*.jsonl")):
         data.main(source=str(path), tokenizer=str(out / "untrained"), out=str(out / path.stem), verifier="toy")
     if cfg.pretrain:
-        pretrain(cfg, out / "untrained", out / "pretrain", student, weight_decay=0.1)
+        pretrain(cfg, out / "untrained", out / "pretrain", cfg.pretrain_steps, student, weight_decay=0.1)
     if cfg.diffusion:
         write_diffusion_student(student, out / "converted")
-        # all noise levels: of a whole answer nothing is known at the start
-        pretrain(cfg, out / "converted", out / "pretrain", f"students/toy-diffusion-{cfg.seed}", t_min=0.0, t_max=1.0)
+        pretrain(cfg, out / "converted", out / "pretrain-diffusion", cfg.diffusion_steps,
+                 f"students/toy-diffusion-{cfg.seed}", t_min=0.0, t_max=1.0)  # fmt: skip
 
 
-def pretrain(cfg, start, examples, student, **keys):
+def pretrain(cfg, start, examples, steps, student, **keys):
     """Train the model `start` on the student's traces by train.py and keep only what comes out, in `student`."""
     run = f"pretrain-{Path(student).name}"
-    train.main(run=run, model=str(start), data=str(examples), steps=cfg.pretrain_steps, batch_size=64,
-               micro_batch_size=64, lr=3e-3, warmup_steps=20, seed=cfg.seed, **keys)  # fmt: skip
-    last = Path("runs") / run / "checkpoints" / f"{cfg.pretrain_steps:06d}"
+    train.main(run=run, model=str(start), data=str(examples), steps=steps, batch_size=64, micro_batch_size=64, lr=3e-3,
+               warmup_steps=20, seed=cfg.seed, **keys)  # fmt: skip
+    last = Path("runs") / run / "checkpoints" / f"{steps:06d}"
     model.save(model.load(last), last, student)
     shutil.rmtree(Path("runs") / run)
     print(f"pretrained student: {student}")
