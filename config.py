@@ -173,6 +173,15 @@ def write_json(path, value):
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def run_keys(folder):
+    """The keys that a run was trained with, from its folder's config.json. Raises InputError if they are not there."""
+    path = Path(folder) / "config.json"
+    keys = read_json(path).get("config")
+    if not isinstance(keys, dict):
+        raise InputError(f"{path}: not a run's config.json, it has no \"config\"")
+    return keys
+
+
 def load_select():
     """Our select.py as a module called `t3s_select`.
 

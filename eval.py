@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import diffusion
-from config import InputError, command, read_json, whole_file, write_json
+from config import InputError, command, run_keys, whole_file, write_json
 from data import load as load_data
 from data import load_tokenizer, uniforms
 from model import Cache, load, local_folder
@@ -402,7 +402,7 @@ def resolve(given):
         raise InputError("nothing to evaluate: give --run or --model (--help lists the keys)")
     if names and not runs:
         raise InputError("--run=base needs another run beside it: base is the model that run started from")
-    trained = {name: read_json(Path("runs") / name / "config.json")["config"] for name in runs}
+    trained = {name: run_keys(Path("runs") / name) for name in runs}
     if "base" in names and len({str(config["model"]) for config in trained.values()}) > 1:
         raise InputError("--run: these runs started from different models, so there is no one base; use --model=FOLDER")
     first = trained[runs[0]] if runs else {}

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import data
-from config import InputError, command, load_select, read_json, whole_file
+from config import InputError, command, load_select, read_json, run_keys, whole_file
 from model import local_folder
 
 
@@ -192,7 +192,7 @@ def main(**given):
     png = out.with_suffix(".png")
     if png == out:
         raise InputError(f"--out={out}: names the HTML file; the PNG goes beside it")
-    trained, chosen = read_json(home / "config.json")["config"], read_json(selection / "config.json")
+    trained, chosen = run_keys(home), read_json(selection / "config.json")
     stats, low, kind = read_json(selection / "stats.json"), chosen["bottleneck_step"], chosen["kind"]
     train_set = data.load(trained["data"])
     mask = load_select().load_mask(selection, train_set, kind)

@@ -31,7 +31,7 @@ if __name__ == "select":
 else:
     import numpy as np  # not for the importer above: numpy may be on its way to needing the real one
 
-    from config import InputError, command, read_json, whole_folder, write_json
+    from config import InputError, command, read_json, run_keys, whole_folder, write_json
 
 import os
 from collections import Counter
@@ -230,7 +230,7 @@ def main(**given):
     if cfg.tau < 0:
         raise InputError(f"--tau={cfg.tau}: must not be negative")
     home = Path("runs") / cfg.run
-    trained = read_json(home / "config.json")["config"]
+    trained = run_keys(home)
     trajectory = load_trajectory(cfg.run)
     step = pick_bottleneck(cfg, trajectory)
     out = home / "selection" / (cfg.name or cfg.rule)

@@ -301,3 +301,11 @@ def test_select_is_loaded_under_a_name_of_its_own():
     module = load_select()
     assert module is load_select() and Path(module.__file__) == ROOT / "select.py"
     assert json.loads(json.dumps(sorted(f.name for f in dataclasses.fields(module.Config))))
+
+
+def test_a_config_json_that_is_no_runs(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(InputError, match="config.json: not a run's config.json"):
+        config.run_keys(tmp_path)
+    (tmp_path / "config.json").write_text('{"config": {"lr": 1}}')
+    assert config.run_keys(tmp_path) == {"lr": 1}
