@@ -55,6 +55,8 @@ def main(**given):
     if cfg.student not in ("autoregressive", "diffusion"):
         raise InputError(f"--student={cfg.student}: must be autoregressive or diffusion")
     ar, seeds = cfg.student == "autoregressive", cfg.seeds.split(",")
+    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds={cfg.seeds}: must be different whole numbers separated by commas, like 1,2,3")
     home, shown = ("demo", ("sft", "t3s")) if ar else ("demo-diffusion", ("sft", "t3s-0.0", "t3s-0.01"))
     shutil.rmtree(f"runs/{home}", ignore_errors=True)
     table = {}  # {row: {"final", "lowest": an accuracy per seed}}
