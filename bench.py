@@ -10,11 +10,13 @@ ratios of neighbours: so other work on the machine slows both alike. Peaks of me
 one side and nothing else. Figures that were kept, with the machine they came from: docs/LOG.md.
 """
 
+import dataclasses
 import multiprocessing
 import os
 import platform
 import re
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -30,15 +32,19 @@ from torch import nn
 
 import batches as batching
 import data
+import diffusion
 import eval as evaluation
 import model
+import resume
 import train
+import trajectory
 from config import InputError, command, write_json
+from parallel import parallelize
 
 
 @dataclass
 class Config:
-    what: str = "parity,train,generate,loss,moe"  # sections, separated by commas
+    what: str = "parity,train,generate,loss,moe,compile,packing,recording,checkpoint,masked,blocks,threshold"  # sections
     model: str = ""  # a Hugging Face folder or hub id; default: random weights of SmolLM2-135M's shape
     data: str = ""  # a jsonl file for data.py, with --model; default: random ids, as many as GSM8K's lines have
     threads: int = 2  # of the CPU
@@ -424,8 +430,193 @@ def loop_over_experts(gate, experts, x):
     return out
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# compile, packing, recording, checkpoint: what train.py's keys cost or save, against train.py without them
+
+
+def small(cfg, folder, examples, n, **keys):
+    """A train.Run with a student and an optimizer on the first n examples, all of them a step, two rows a pass."""
+    spans, names = examples.spans[:n], examples.examples[:n]
+    few = dataclasses.replace(examples, tokens=examples.tokens[: spans[-1, 2]], spans=spans, examples=names)
+    run = training(dataclasses.replace(cfg, batch_size=n), folder, few, 1)
+    run.cfg = dataclasses.replace(run.cfg, micro_batch_size=2, **keys)
+    run.student = model.load(folder, shard=lambda student: parallelize(run.cfg, student, run.device))
+    run.optimizer = train.make_optimizer(run.cfg, run.student)
+    return run
+
+
+def update(run):
+    return train.train_step(run.cfg, run.student, run.optimizer, train.micro_batches(run, 0), 0)
+
+
+def compile_section(cfg, folder, examples):
+    if not shutil.which("g++"):
+        print("compile: left out, torch.compile needs a C++ compiler and there is no g++ here")
+        return []
+    compiled, eager = (small(cfg, folder, examples, 8, compile=on) for on in (True, False))
+    seconds = taking_turns(cfg.repeats, lambda: update(compiled), lambda: update(eager))
+    return [line("seconds a step, blocks compiled, against eager", *seconds)]
+
+
+def packing_section(cfg, folder, examples):
+    packed, padded = (small(cfg, folder, examples, 32, packing=on) for on in (True, False))
+    done = [update(run) for run in (packed, padded)]
+    seconds = taking_turns(cfg.repeats, lambda: update(packed), lambda: update(padded))
+    return [
+        line("seconds a step, packed, against padded", *seconds),
+        line("share of padding, packed, against padded", done[0]["padding"], done[1]["padding"]),
+        line("difference of the first loss", abs(done[0]["loss"] - done[1]["loss"]), None, wanted="< 1e-5"),
+    ]
+
+
+def recording_section(cfg, folder, examples):
+    """A recorded checkpoint without sampled answers: one forward pass over the data, against an epoch of training."""
+    run = small(cfg, folder, examples, 16)
+    with tempfile.TemporaryDirectory() as home:
+
+        def record():
+            with torch.no_grad():
+                trajectory.sweep(run, Path(home) / "logprob", 0)
+            (Path(home) / "logprob").unlink()
+
+        sweep, epoch, ratio = taking_turns(cfg.repeats, record, lambda: update(run))
+    return [line("seconds of a sweep, against an epoch of training", sweep, epoch, ratio, ">= 2.5")]
+
+
+def checkpoint_section(cfg, folder, examples):
+    """The resume state of torch.distributed.checkpoint with its hashes, against torch.save of the same tensors."""
+    run = small(cfg, folder, examples, 2)
+    update(run)
+    with tempfile.TemporaryDirectory() as home:
+
+        def plain():
+            with open(Path(home) / "plain.pt", "wb") as file:
+                torch.save(resume.tensors(run.student, run.optimizer), file)
+                file.flush()
+                os.fsync(file.fileno())
+
+        seconds = taking_turns(2, lambda: resume.save(Path(home), run.student, run.optimizer, 1, 1), plain)
+    return [line("seconds to write a resume state, against torch.save", *seconds)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# masked, blocks, threshold: diffusion.py's loss, cache and parallel decoding
+
+
+STUDENT, PROBLEMS = "students/toy-diffusion-1", "data/toy-1/unseen"
+
+
+def diffusion_student(attention, vocabulary=4096, width=256, layers=4):
+    """Random weights; attention full (LLaDA) or block (LLaDA2's blocks of 32, without experts)."""
+    config = model.Config(
+        {"full": "llada", "block": "llada2_moe"}[attention], vocabulary, width, 2 * width, layers, 4, 4, width // 4,
+        1e-6, 1e4, attention=attention, pad_token_id=0, eos_token_ids=[0], mask_token_id=1,
+    )  # fmt: skip
+    return model.Transformer(config).init_weights(seed=0, std=0.1).eval()
+
+
+def masked_section(cfg, folder, examples, rows=4, length=256, vocabulary=126464):
+    """LLaDA's fine-tuning step: logits at masked positions only, against logits at all, as other trainers make them."""
+    student, batch = masked_step(rows, length, vocabulary)
+    share = float((batch["targets"] != -100).float().mean())
+    peak = {side: alone(peak_of_masked, side, cfg.threads, rows, length, vocabulary) / 1e9
+            for side in ("ours", "all rows")}  # fmt: skip
+    seconds = taking_turns(cfg.repeats, lambda: masked_loss(student, batch), lambda: all_rows_loss(student, batch))
+    difference = abs(masked_loss(student, batch) / all_rows_loss(student, batch) - 1)
+    what = f"LLaDA step, {rows} x {length}, {share:.0%} masked"
+    return [
+        line(f"extra memory of a {what}, GB", peak["ours"], peak["all rows"], peak["all rows"] / peak["ours"]),
+        line(f"seconds of a {what}", *seconds),
+        line("relative difference of the losses", difference, None, wanted="< 1e-5"),
+    ]
+
+
+def masked_step(rows, length, vocabulary):
+    """A small body under a head of (by default) LLaDA's vocabulary, and a micro-batch of random ids."""
+    student = diffusion_student("full", vocabulary, width=512)
+    ends = np.arange(1, rows + 1) * length
+    spans = np.stack([ends - length, ends - length + length // 4, ends], 1)
+    tokens = np.random.default_rng(0).integers(2, vocabulary, rows * length).astype(np.uint32)
+    examples = data.Data("random", tokens, spans, [{"id": str(i)} for i in range(rows)], {}, "")
+    return student, diffusion.corrupt_batch(student.config, examples, range(rows), seed=0, step=0, length=length)
+
+
+def masked_loss(student, batch):
+    student.zero_grad()
+    loss = (student(batch["ids"], targets=batch["targets"]) * batch["weights"]).sum() / batch["count"]
+    loss.backward()
+    return loss.item()
+
+
+def all_rows_loss(student, batch):
+    student.zero_grad()
+    nll = F.cross_entropy(student(batch["ids"]).transpose(1, 2), batch["targets"], reduction="none")
+    loss = (nll * batch["weights"]).sum() / batch["count"]
+    loss.backward()
+    return loss.item()
+
+
+def peak_of_masked(side, threads, rows, length, vocabulary):
+    torch.set_num_threads(threads)
+    student, batch = masked_step(rows, length, vocabulary)
+    few = {**batch, **{key: batch[key][:, :16] for key in ("ids", "targets", "weights")}}
+    step = masked_loss if side == "ours" else all_rows_loss
+    step(student, few)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = peak_memory()
+    step(student, batch)
+    return peak_memory() - before
+
+
+def blocks_section(cfg, folder, examples, prompt=64, new_tokens=512):
+    """LLaDA2's decoding with a cache of the finished blocks, against reading the whole text in every pass."""
+    student, answers = diffusion_student("block"), {}
+    ids = [np.random.default_rng(0).integers(2, 4096, prompt).tolist()]
+
+    def decode(use_cache):
+        answers[use_cache] = diffusion.sample(student, ids, new_tokens, use_cache=use_cache)[0]
+
+    seconds = taking_turns(-(-cfg.repeats // 2), lambda: decode(True), lambda: decode(False))
+    same = sum(a == b for a, b in zip(answers[True], answers[False], strict=True))
+    return [
+        line(f"seconds for {new_tokens} tokens, with a cache, against none", *seconds, ">= 3"),
+        line("tokens that are the same", same, new_tokens, wanted="all"),
+    ]
+
+
+def threshold_section(cfg, folder, examples, student=STUDENT, problems=PROBLEMS, thresholds=(0.95, 0.9, 0.8, 0.6, 0.4)):
+    """Tokens per denoising pass, and what they cost in accuracy, against one token per pass."""
+    if not (Path(student).is_dir() and Path(problems).is_dir()):
+        print(f"threshold: left out, it needs {student} and {problems} (python toy.py --seed=1)")
+        return []
+    tokenizer, unseen, student = data.load_tokenizer(Path(student)), data.load(problems), model.load(student)
+    one, lines = decode_all(student, tokenizer, unseen, 1.0), []
+    for threshold in thresholds:
+        speed, accuracy = decode_all(student, tokenizer, unseen, threshold)
+        lines.append(line(f"tokens a pass, threshold {threshold}, against one", speed, one[0], speed / one[0]))
+        lines.append(line(f"accuracy at temperature 0, {len(unseen)} problems", accuracy, one[1]))
+    return lines
+
+
+def decode_all(student, tokenizer, problems, threshold, new_tokens=48):
+    """-> (tokens per denoising pass, accuracy). A pass counts for every answer into which it wrote."""
+    prompts, written, passes = [problems.prompt(i).tolist() for i in range(len(problems))], 0, 0
+    ends = {*student.config.eos_token_ids, tokenizer.eos_token_id, tokenizer.end_of_turn_id}
+    for canvas, new in diffusion.generate(student, prompts, new_tokens, threshold=threshold, eos_ids=ends,
+                                          vocab_size=tokenizer.vocab_size):  # fmt: skip
+        written, passes, last = written + int(new.sum()), passes + int(new.any(1).sum()), canvas
+    answers = [diffusion.until_end(row[len(prompt) : len(prompt) + new_tokens], ends)
+               for row, prompt in zip(last.tolist(), prompts, strict=True)]  # fmt: skip
+    right = [evaluation.grade(tokenizer.decode(answer), example["answer"], problems.meta["verifier"])
+             for answer, example in zip(answers, problems.examples, strict=True)]  # fmt: skip
+    return written / passes, float(np.mean(right))
+
+
 SECTIONS = {"parity": parity_section, "train": train_section, "generate": generate_section,
-            "loss": loss_section, "moe": moe_section}  # fmt: skip
+            "loss": loss_section, "moe": moe_section, "compile": compile_section, "packing": packing_section,
+            "recording": recording_section, "checkpoint": checkpoint_section,
+            "masked": masked_section, "blocks": blocks_section, "threshold": threshold_section}  # fmt: skip
 
 if __name__ == "__main__":
     command(main, Config)

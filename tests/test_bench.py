@@ -1,13 +1,17 @@
 """bench.py at tiny sizes: every section runs and its two sides agree. No times are checked here."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 import bench
+import toy
 from config import InputError
+
+STUDENT = Path(__file__).parent.parent / "students" / "toy-1"
 
 
 @pytest.fixture
@@ -28,15 +32,25 @@ def found(lines, what):
 
 
 def test_train_and_generate(tiny, capsys):
-    lines = bench.main(what="train,generate", model=tiny, steps=3, repeats=1, new_tokens=5, threads=1)
+    lines = bench.main(what="parity,train,generate", model=tiny, steps=3, repeats=1, new_tokens=5, threads=1)
     speed = found(lines, "transformers' Trainer")
     assert speed["ours"] > 0 and speed["other"] > 0 and speed["ratio"] > 0
-    assert found(lines, "largest difference")["ours"] < 1e-5
+    assert found(lines, "difference of the losses")["ours"] < 1e-5
+    assert found(lines, "logits")["ours"] < 1e-5
     memory = found(lines, "peak memory")
     assert 0.05 < memory["ours"] < 5 and 0.05 < memory["other"] < 5  # GB, with torch in it
     same = found(lines, "same ids")
     assert same["ours"] == same["other"] == 16
     assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("generate: answers with the same ids")
+
+
+def test_parity_of_a_tokenizer(tmp_path):
+    examples = [{"prompt": "3 + 5 * 2 - 7 + 4 ?", "response": f"3 + 5 = 8 ; > {i}"} for i in range(300)]
+    (tmp_path / "traces.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    lines = bench.main(what="parity", model=str(STUDENT), data=str(tmp_path / "traces.jsonl"), threads=1)
+    assert found(lines, "logits")["ours"] < 1e-4
+    texts = found(lines, "texts")
+    assert texts["ours"] == texts["other"] == 600
 
 
 def test_peak_memory_of_the_loss():
@@ -87,7 +101,36 @@ def test_random_student_and_examples(tmp_path):
 
 
 def test_bad_keys():
-    with pytest.raises(InputError, match="--what=speed: must be among train, generate, loss, moe"):
+    with pytest.raises(InputError, match="--what=speed: must be among parity, train, generate, loss, moe"):
         bench.main(what="speed")
     with pytest.raises(InputError, match="--data needs --model"):
         bench.main(data="x.jsonl")
+
+
+def test_what_train_pys_keys_cost(tiny):
+    lines = bench.main(what="packing,recording,checkpoint", model=tiny, repeats=1, threads=1)
+    assert found(lines, "share of padding")["ours"] < found(lines, "share of padding")["other"]
+    assert found(lines, "first loss")["ours"] < 1e-5
+    assert all(found(lines, what)["ours"] > 0 for what in ("seconds of a sweep", "resume state", "seconds a step"))
+
+
+def test_diffusion_loss_at_masked_positions_only(monkeypatch):
+    monkeypatch.setattr(bench, "alone", lambda function, side, *rest: {"ours": 10**8, "all rows": 3 * 10**8}[side])
+    lines = bench.masked_section(bench.Config(threads=1, repeats=1), None, None, rows=1, length=16, vocabulary=500)
+    assert found(lines, "memory")["ratio"] == pytest.approx(3) and found(lines, "seconds")["ratio"] > 0
+    assert found(lines, "difference")["ours"] < 1e-5
+
+
+def test_cached_blocks_write_the_same_tokens():
+    lines = bench.blocks_section(bench.Config(threads=1, repeats=1), None, None, prompt=40, new_tokens=40)
+    assert found(lines, "the same")["ours"] == found(lines, "the same")["other"] == 40
+
+
+def test_threshold_section(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert bench.threshold_section(bench.Config(), None, None) == [] and "toy.py" in capsys.readouterr().out
+    toy.main(seed=1, teacher_problems=1, unseen_problems=20)
+    lines = bench.threshold_section(bench.Config(), None, None, student=STUDENT.with_name("toy-diffusion-1"),
+                                    thresholds=(1.0, 0.3))  # fmt: skip
+    assert lines[0]["ours"] == lines[0]["other"] == 1.0 and lines[1]["ours"] == lines[1]["other"] > 0.8
+    assert lines[2]["ours"] > 2 and lines[3]["ours"] < 0.8
