@@ -59,7 +59,12 @@ def dry_run(cfg):
     total = sum(fixed.values()) + cfg.micro_batch_size * per_row["all"]
     print(f"{total / GIB:10.3f} GiB  in all with --micro_batch_size={cfg.micro_batch_size}; 90 % of the memory hold "
           f"{fits} rows = {fits * length:,} tokens in a pass")  # fmt: skip
-    return {**fixed, **per_row, "parameters": parameters, "total": total, "fits": fits}
+    answers = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * cfg.max_new_tokens
+    answers *= cfg.sample_batch_size * torch.finfo(getattr(torch, cfg.dtype)).bits // 8
+    print(f"{answers / GIB:10.3f} GiB  instead of activations while accuracy is sampled: keys and values of "
+          f"--sample_batch_size={cfg.sample_batch_size} answers of {cfg.max_new_tokens:,} tokens")  # fmt: skip
+    return {**fixed, **per_row, "parameters": parameters, "total": total, "fits": fits,
+            "answers": answers}
 
 
 def plan(cfg, shape, length):

@@ -32,8 +32,8 @@ from config import InputError, read_json, whole_file, write_json
 from parallel import decide, gather, rank, stop, world_size
 
 # keys that change no result (but rounding), so a resumed run may have others
-FREE = {"resume_every", "keep_checkpoints", "micro_batch_size", "device", "compile", "checkpoint_activations",
-        "packing", "max_row_tokens", "timeout", "dry_run", "gpus", "gpu_memory_gib"}  # fmt: skip
+FREE = {"resume_every", "keep_checkpoints", "micro_batch_size", "sample_batch_size", "device", "compile", "packing",
+        "checkpoint_activations", "max_row_tokens", "timeout", "dry_run", "gpus", "gpu_memory_gib"}  # fmt: skip
 
 
 @contextmanager

@@ -84,6 +84,7 @@ class Config:
     top_p: float = 1.0  # of those answers
     top_k: int = 0  # of those answers; 0: no limit
     max_new_tokens: int = 1024  # length limit of those answers
+    sample_batch_size: int = 64  # answers written at the same time; changes memory and speed, not the answers
     block_length: int = 0  # of a diffusion student's answers, as are the next six (eval.py --help says it all)
     denoising_steps: int = 0  # forward passes for an answer; 0: as many as tokens
     threshold: float = 0.0  # tokens surer than this are written at once; 0: the family's own

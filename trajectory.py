@@ -31,7 +31,7 @@ def record(run, step):
     cfg, train_set, tick = run.cfg, run.train_set, time.time()
     partial = run.folder / "trajectory" / f".{step:06d}.logprob"
     nll = sweep(run, partial, step)
-    sampling = {key: getattr(cfg, key) for key in evaluation.SAMPLING}
+    sampling = {key: getattr(cfg, key) for key in evaluation.SAMPLING} | {"batch_size": cfg.sample_batch_size}
     accuracy, correct = None, np.full(len(train_set), np.nan, dtype=np.float32)
     if all(example["answer"] is not None for example in train_set.examples):
         sampling["progress"] = progress(cfg, step, train_set)
