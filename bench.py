@@ -305,24 +305,29 @@ def generate_section(cfg, folder, examples, batch=16):
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     student, theirs = model.load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    theirs.generation_config.eos_token_id = None  # every answer as long as allowed: then the work is the same
-    answers = {}
+    answers, ends, own = {}, [], student.config.eos_token_ids
 
     def ours():
-        answers["ours"] = evaluation.sample(student, prompts, cfg.new_tokens, temperature=0, batch_size=batch)
+        answers["ours"] = evaluation.sample(student, prompts, cfg.new_tokens, temperature=0, batch_size=batch,
+                                            eos_ids=ends)  # fmt: skip
 
     def other():
+        theirs.generation_config.eos_token_id = ends or None
         out = theirs.generate(ids, attention_mask=mask, max_new_tokens=cfg.new_tokens, do_sample=False, pad_token_id=0)
         answers["other"] = out[:, longest:].tolist()
 
-    seconds = taking_turns(cfg.repeats, ours, other)
-    same = sum(a == b for a, b in zip(answers["ours"], answers["other"], strict=True))
-    written = batch * cfg.new_tokens
-    return [
-        line(f"tokens/s, against transformers.generate, batch {batch}", written / seconds[0], written / seconds[1],
-             seconds[2], ">= 1.2"),
-        line("answers with the same ids", same, batch, wanted="all"),
-    ]  # fmt: skip
+    lines = []
+    for ends in [[], own] if own else [[]]:  # every answer as long as allowed; then as long as it wants to be
+        seconds = taking_turns(cfg.repeats, ours, other)
+        written = sum(map(len, answers["ours"]))
+        same = sum(b[: len(a)] == a and (len(a) == len(b) or b[len(a)] in ends)
+                   for a, b in zip(answers["ours"], answers["other"], strict=True))  # fmt: skip
+        lines += [
+            line(f"tokens/s, {batch} answers {'up to their EOS' if ends else f'of {cfg.new_tokens} tokens'}",
+                 written / seconds[0], written / seconds[1], seconds[2], ">= 1.2"),
+            line("of these, same ids as transformers.generate", same, batch, wanted="all"),
+        ]  # fmt: skip
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
