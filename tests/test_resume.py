@@ -282,6 +282,14 @@ def test_the_same_name_with_other_content_is_refused(here):
         train.main(run="cut2", resume=True, model="renamed")
 
 
+def test_another_torch_is_refused(here):
+    stop_at(3)
+    saved = read_json("runs/cut/config.json")
+    write_json("runs/cut/config.json", {**saved, "versions": {**saved["versions"], "torch": "2.0.0"}})
+    with pytest.raises(InputError, match=r"not the run it was \(torch: then 2.0.0, now"):
+        train.main(run="cut", resume=True)
+
+
 def test_changes_that_are_allowed_are_written_down(here):
     stop_at(7)
     train.main(run="cut", resume=True, lr=5e-4, micro_batch_size=3, allow_changes=True)
