@@ -112,9 +112,16 @@ def read_config(folder):
     # hub files of Qwen2.5 carry a sliding_window with use_sliding_window false: the window is then not in use
     if raw.get("use_sliding_window") and raw.get("sliding_window"):
         raise InputError(f"{path}: use_sliding_window is not supported")
-    for key in ("alibi", "attention_layer_norm", "clip_qkv", "input_emb_norm", "scale_logits"):
-        if raw.get(key):  # LLaDA's code has these options, its checkpoints do not use them
+    # LLaDA's code has these options, its checkpoints do not use them
+    for key in ("alibi", "attention_layer_norm", "clip_qkv", "input_emb_norm", "scale_logits", "multi_query_attention"):
+        if raw.get(key):
             raise InputError(f"{path}: {key} is not supported")
+    known = {"rope": True, "layer_norm_type": "rms", "block_type": "llama", "score_function": "sigmoid"}
+    for key, only in known.items():
+        if raw.get(key, only) != only:
+            raise InputError(f"{path}: {key} {raw[key]!r} is not supported, only {only!r}")
+    if config.is_diffusion and not config.eos_token_ids:  # LLaDA2's config.json names its end of text as padding only
+        config.eos_token_ids = _as_list(config.pad_token_id)
     if config.mask_token_id is not None and not 0 <= config.mask_token_id < config.vocab_size:
         raise InputError(f"{path}: mask_token_id {config.mask_token_id} is not one of {config.vocab_size} ids")
     if config.rope_scaling is not None:
@@ -378,7 +385,8 @@ class Router(nn.Module):
 
     def forward(self, x):
         c = self.config
-        logits = F.linear(x.float(), self.weight.float())  # (N, E)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())  # (N, E)
         if not c.sigmoid_router:
             weights, experts = logits.softmax(-1).topk(c.num_experts_per_tok, dim=-1)
             return weights / weights.sum(-1, keepdim=True) if c.norm_topk_prob else weights, experts
@@ -395,8 +403,10 @@ class Router(nn.Module):
 
 def grouped_linear(x, weight, ends):
     """Rows x (N, C) sorted by expert, weight (E, F, C), ends (E,) int32: where each expert's rows end -> (N, F)."""
-    compilable = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()  # torch.compile knows no other dtype
-    if hasattr(F, "grouped_mm") and compilable:  # torch >= 2.10
+    # torch.compile knows bfloat16 only, nothing knows float64, and every row must begin at a multiple of 16 bytes
+    kinds = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.float32, torch.bfloat16, torch.float16)
+    fits = x.dtype in kinds and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if hasattr(F, "grouped_mm") and fits:  # torch >= 2.10
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     return torch.cat([rows @ w.T for rows, w in zip(x.tensor_split(ends[:-1].long().cpu()), weight, strict=True)])
 
@@ -431,9 +441,10 @@ class MoE(nn.Module):
         numbers, order = experts.flatten().sort(stable=True)  # row-expert pairs, sorted by expert
         all_experts = torch.arange(len(self.experts.gate_proj), device=x.device)
         ends = torch.searchsorted(numbers, all_experts, right=True, out_int32=True)
-        source = order // experts.shape[1]
-        out = self.experts(rows[source], ends) * weights.flatten()[order, None].to(x.dtype)
-        out = torch.zeros_like(rows).index_add(0, source, out).view_as(x)
+        out = self.experts(rows[order // experts.shape[1]], ends)  # (N * k, C)
+        # back into the order of the rows; adding them up where they lie would be atomic, and so random, on a GPU
+        out = torch.empty_like(out).index_copy(0, order, out).view(*experts.shape, -1)  # (N, k, C)
+        out = (out * weights[..., None].to(x.dtype)).sum(1).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
 

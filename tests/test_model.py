@@ -247,6 +247,25 @@ def test_experts_without_grouped_mm(twin, monkeypatch):
     close(student(ids), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_experts_of_any_width_and_dtype(dtype):
+    """Grouped products want rows of 16 bytes and no float64; what does not fit takes the loop."""
+    for width in (8, 12, 13):
+        x, weight = torch.randn(7, 16, dtype=dtype), torch.randn(3, width, 16, dtype=dtype)
+        ends = torch.tensor([2, 2, 7], dtype=torch.int32)
+        expected = torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[2].T])
+        atol = 0.1 if dtype == torch.bfloat16 else 1e-5
+        assert torch.allclose(model.grouped_linear(x, weight, ends), expected, atol=atol)
+
+
+def test_router_computes_in_float32_under_autocast(twin):
+    student = model.load(twin("qwen3-moe")[0])
+    router, x = student.model.layers[0].mlp.gate, torch.randn(5, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = router(x)[0]
+    assert inside.dtype == torch.float32 and torch.equal(inside, router(x)[0])
+
+
 def test_init_weights_is_a_function_of_the_seed(twin):
     config = model.read_config(twin("qwen3-moe-mixed")[0])
     one, same, other = (model.Transformer(config).init_weights(seed) for seed in (1, 1, 2))

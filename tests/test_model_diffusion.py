@@ -108,6 +108,9 @@ def test_llada_options_that_are_not_computed_are_refused(llada):
     for key in ("alibi", "attention_layer_norm", "input_emb_norm", "scale_logits"):
         edit_config(folder, **LLADA | {key: True})
         refused(folder, "config.json", key)
+    for key, value in (("rope", False), ("layer_norm_type", "default"), ("block_type", "sequential")):
+        edit_config(folder, **LLADA | {key: value})
+        refused(folder, "config.json", f"{key} {value!r} is not supported")
     edit_config(folder, **LLADA | {"mask_token_id": 97})
     refused(folder, "config.json", "mask_token_id 97")
     edit_config(folder, **LLADA, remove=["mask_token_id"])
