@@ -64,7 +64,8 @@ def main(**given):
         (cycle if ar else diffusion_cycle)(cfg, f"{home}/{seed}", seed, table)
     names = {name: [f"{home}/{seed}/{name}" for seed in seeds] for name in shown}
     report.figure(names, names["sft"], f"runs/{home}/demo.png")
-    run(report.main, "report.py", run=",".join(runs[0] for runs in names.values()))
+    run(report.main, "report.py", run=",".join(runs[0] for runs in names.values()),
+        selection="t3s" if ar else "self-0.01")  # fmt: skip
     rows = [{"name": name, **row} for name, row in table.items()]
     write_json(f"runs/{home}/table.json", {"rows": rows})
     show(rows, seeds)
@@ -103,7 +104,7 @@ def diffusion_cycle(cfg, home, seed, table):
     chosen += [("self-0.01", f"{home}/sft", dict(rule="t3s", tau=0.01))]
     for name, selector, keys in chosen:
         folder, output = run(load_select().main, "select.py", run=selector, kind="force", seed=int(seed), show=0,
-                             name="t3s" if selector == f"{home}/sft" else name, **keys)  # fmt: skip
+                             name=name, **keys)  # fmt: skip
         print(output.splitlines()[-1])
         note(table, name, trained(f"{home}/{name}", selection=str(folder), **student))
 

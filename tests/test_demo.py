@@ -62,6 +62,22 @@ def test_the_table_is_what_was_recorded_and_a_second_demo_replaces_it(small, cap
     check_output(capsys.readouterr().out, rows)
 
 
+def test_diffusion_students_over_tau(small, monkeypatch):
+    monkeypatch.setattr(demo, "TAUS", (0.0, 0.01))
+    demo.main(**SMALL, student="diffusion")
+    rows = json.loads(Path("runs/demo-diffusion/table.json").read_text())["rows"]
+    names = ["t3s-0.0", "t3s-0.01", "random-0.01", "inverse-0.01", "self-0.01"]
+    assert [row["name"] for row in rows] == ["base", "sft", *names]
+    by = {"self-0.01": "sft"}
+    mask = {n: np.load(f"runs/demo-diffusion/2/{by.get(n, 'selector')}/selection/{n}/mask.npy") for n in names}
+    assert mask["t3s-0.01"].sum() < mask["t3s-0.0"].sum() and not (mask["t3s-0.01"] & ~mask["t3s-0.0"]).any()
+    assert mask["random-0.01"].sum() == mask["t3s-0.01"].sum() and not (mask["inverse-0.01"] & mask["t3s-0.0"]).any()
+    for row in rows[1:]:
+        accuracies = recorded(f"demo-diffusion/2/{row['name']}")
+        assert row["final"] == [accuracies[-1]] and row["lowest"] == [min(accuracies)]
+    assert Path("runs/demo-diffusion/demo.png").exists() and Path("runs/demo-diffusion/2/sft/report.html").exists()
+
+
 def check_output(out, rows):
     """Commands that anyone can type, in the order of the pipeline, and the table in words."""
     files = [line.split()[2] for line in out.splitlines() if line.startswith("$ python ")]
