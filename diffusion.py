@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import eval as evaluation
 from config import InputError, command
 from data import load_tokenizer, uniforms
-from model import Cache, load, local_folder, read_config
+from model import Cache, load, local_folder, next_token, read_config
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Corruption: which tokens of which example are masked, a pure function of (seed, step, example)
@@ -468,7 +467,7 @@ def propose(logits, u, rule, config):
     logits = logits[:, : rule.vocab_size]
     never = [config.mask_token_id, *(config.eos_token_ids if rule.eos_rule == "never" else ())]
     logits[:, [i for i in never if i < logits.shape[1]]] = -torch.inf
-    token = evaluation.next_token(logits, u, rule.temperature, rule.top_p, rule.top_k)
+    token = next_token(logits, u, rule.temperature, rule.top_p, rule.top_k)
     return token, logits.double().log_softmax(-1).gather(1, token[:, None]).squeeze(1).exp()
 
 

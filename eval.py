@@ -27,7 +27,7 @@ import diffusion
 from config import InputError, command, run_keys, whole_file, write_json
 from data import load as load_data
 from data import load_tokenizer, uniforms
-from model import Cache, load, local_folder
+from model import Cache, load, local_folder, next_token
 
 
 @dataclass
@@ -250,36 +250,6 @@ def write(model, prompts, u, choose, eos_ids):
             token, positions, u = token[index], positions[index], u[index]
         logits = model(token[:, None], positions=positions + n, cache=cache)
     return answers
-
-
-def next_token(logits, u, temperature, top_p, top_k):
-    """logits (B, V), uniforms u (B,) -> ids (B,): inverse CDF over ids in their order; temperature 0: the likeliest.
-
-    As in transformers: temperature, then top_k, then top_p of what is left (with the id that crosses it).
-    """
-    if temperature == 0:
-        best, token = logits.max(-1)
-    else:
-        p = torch.softmax(logits.float() / temperature, -1)
-        if top_k or top_p < 1:
-            p = p.masked_fill(p < least_likely(p, top_p, top_k), 0)
-        cdf = p.cumsum(-1, dtype=torch.float64)
-        best = cdf[:, -1]
-        # the first id whose cdf exceeds u: so its probability is not 0
-        token = torch.searchsorted(cdf, (u * best)[:, None], right=True).squeeze(1)
-    if not torch.isfinite(best).all():
-        raise InputError("the model's logits are not finite, nothing can be sampled from it")
-    return token
-
-
-def least_likely(p, top_p, top_k):
-    """The smallest probability that may still be sampled, (B, 1)."""
-    likeliest = p.topk(min(top_k or 1024, p.shape[-1])).values  # falling
-    if not top_k and (likeliest.sum(-1) < top_p).any():  # rarely do so few not hold top_p: only then sort all of them
-        likeliest = p.sort(descending=True).values
-    mass = likeliest.cumsum(-1, dtype=torch.float64)
-    total = mass[:, -1:] if top_k else 1.0
-    return likeliest.masked_fill(mass - likeliest >= top_p * total, torch.inf).amin(-1, keepdim=True)
 
 
 def evaluate(model, tokenizer, data, indices=None, samples=1, progress=None, **sampling):

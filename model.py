@@ -593,6 +593,42 @@ class Transformer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# From logits to a token: for the samplers of eval.py and diffusion.py
+
+
+def next_token(logits, u, temperature, top_p, top_k):
+    """logits (B, V), uniforms u (B,) -> ids (B,): inverse CDF over ids in their order; temperature 0: the likeliest.
+
+    As in transformers: temperature, then top_k, then top_p of what is left (with the id that crosses it). In float32,
+    with float64 logits in float64. Raises InputError for logits that are not finite.
+    """
+    if temperature == 0:
+        best, token = logits.max(-1)
+    else:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        p = torch.softmax(logits / temperature, -1)
+        if top_k or top_p < 1:
+            p = p.masked_fill(p < least_likely(p, top_p, top_k), 0)
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        best = cdf[:, -1]
+        # the first id whose cdf exceeds u: so its probability is not 0
+        token = torch.searchsorted(cdf, (u * best)[:, None], right=True).squeeze(1)
+    if not torch.isfinite(best).all():
+        raise InputError("the model's logits are not finite, nothing can be sampled from it")
+    return token
+
+
+def least_likely(p, top_p, top_k):
+    """The smallest probability that may still be sampled, (B, 1)."""
+    likeliest = p.topk(min(top_k or 1024, p.shape[-1])).values  # falling
+    if not top_k and (likeliest.sum(-1) < top_p).any():  # rarely do so few not hold top_p: only then sort all of them
+        likeliest = p.sort(descending=True).values
+    mass = likeliest.cumsum(-1, dtype=torch.float64)
+    total = mass[:, -1:] if top_k else 1.0
+    return likeliest.masked_fill(mass - likeliest >= top_p * total, torch.inf).amin(-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face folders
 
 LLADA_NAMES = {  # ours -> LLaDA-8B's (OLMo style): note ff_proj, the branch under the SiLU, and the two ff_out

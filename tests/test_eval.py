@@ -298,7 +298,7 @@ def test_logits_that_are_not_finite_are_refused(bad, temperature):
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     with pytest.raises(InputError, match="not finite"):
-        evaluation.next_token(logits, torch.full((2,), 0.5), temperature, 1.0, 0)
+        model.next_token(logits, torch.full((2,), 0.5), temperature, 1.0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_probabilities_equal_transformers(temperature, top_k, top_p):
     n = 20000
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     drawn = torch.stack([
-        torch.bincount(evaluation.next_token(row.expand(n, 50), u, temperature, top_p, top_k), minlength=50) / n
+        torch.bincount(model.next_token(row.expand(n, 50), u, temperature, top_p, top_k), minlength=50) / n
         for row in logits])  # fmt: skip
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     scores = TopKLogitsWarper(min(top_k, 50))(None, scores) if top_k else scores
@@ -328,13 +328,13 @@ def test_probabilities_equal_transformers(temperature, top_k, top_p):
 def test_ids_of_probability_zero_are_never_drawn():
     logits = torch.tensor([[-200.0, 0.0, -200.0, 0.0, -200.0]])
     for u, expected in ((0.0, 1), (0.4999, 1), (0.5001, 3), (1 - 2**-53, 3)):
-        assert evaluation.next_token(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0, 0).item() == expected
+        assert model.next_token(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0, 0).item() == expected
 
 
 def test_top_p_where_the_1024_likeliest_do_not_hold_it():
     """next_token sorts the whole vocabulary only then; the other row of the batch must not notice."""
     logits = torch.stack([torch.zeros(5000), torch.linspace(0, -40, 5000)])
-    kept = evaluation.least_likely(torch.softmax(logits, -1), 0.9, 0) <= torch.softmax(logits, -1)
+    kept = model.least_likely(torch.softmax(logits, -1), 0.9, 0) <= torch.softmax(logits, -1)
     expected = [TopPLogitsWarper(0.9)(None, row[None]).isfinite().sum().item() for row in logits[1:]]
     assert kept[0].all() and kept[1].sum().item() == expected[0]
 
