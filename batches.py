@@ -29,6 +29,7 @@ def micro_batches(run, step):
     ids        (B, T) int64                                 count   float, its part of the step's normaliser
     targets    (B, T) int64, -100 where nothing is scored   weights (B, T) float32 on the NLL; None: all 1
     positions, attention   as Transformer.forward takes them; None: its defaults
+    flops      Transformer.flops of it, padding that nothing is to see left out
     """
     cfg, train_set = run.cfg, run.train_set
     chosen = data.step_examples(len(train_set), cfg.batch_size, step, cfg.seed)
@@ -41,6 +42,8 @@ def micro_batches(run, step):
                 seed=cfg.seed, step=step, length=int(length.max()), device=run.device, objective=cfg.objective,
                 forced_weight=cfg.forced_weight, weighting=cfg.weighting, t_min=cfg.t_min, t_max=cfg.t_max,
                 complementary=cfg.complementary)  # fmt: skip
+            scored = (batch["targets"] != -100).sum()
+            batch["flops"] = run.student.flops(batch["read"], scored, batch["pairs"])
         else:
             batch = next_token_batch(run, rows, run.selected)
         batches.append(batch)

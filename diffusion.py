@@ -18,12 +18,7 @@ import torch
 
 from config import InputError, command
 from data import load_tokenizer, uniforms
-from model import Cache, load, local_folder, next_token, read_config
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Corruption: which tokens of which example are masked, a pure function of (seed, step, example)
-
-EPSILON = 1e-3  # LLaDA's smallest masking probability, so that 1 / p stays finite
+from model import Cache, check_sampling, load, local_folder, next_token, read_config
 
 
 @dataclass
@@ -34,16 +29,22 @@ class Config:
     temperature: float = 0.0  # 0: always the likeliest token
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
     top_k: int = 0  # sample among so many likeliest tokens; 0: no limit
-    block_length: int = 0  # tokens written together, from left to right; 0: LLaDA2's own, 32 for LLaDA
+    block_length: int = 0  # tokens written together, from left to right; 0: LLaDA2's own; LLaDA min(32, max_new_tokens)
     denoising_steps: int = 0  # forward passes for max_new_tokens; 0: as many as tokens
     threshold: float = 0.0  # write all tokens surer than this at once, at least one; 0: LLaDA2 0.95, LLaDA none
     remasking: str = "low_confidence"  # which tokens wait: low_confidence or random
     cfg_scale: float = 0.0  # classifier-free guidance, LLaDA only
-    eos_rule: str = "free"  # end-of-text is written like any token (free), after all others of its block (last), never
+    eos_rule: str = "free"  # end-of-text: free: like any token; last: after all others of its block; never: not at all
     edit_threshold: float = -1.0  # LLaDA2.1: replace written tokens if surer than this of another; -1: never
     seed: int = 0  # of the sampling
     device: str = ""  # cpu, cuda, ...; default: cuda if there is one
     dtype: str = "float32"  # float32 or bfloat16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corruption: which tokens of which example are masked, a pure function of (seed, step, example)
+
+EPSILON = 1e-3  # LLaDA's smallest masking probability, so that 1 / p stays finite
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Rows:
     ids: np.ndarray  # (B, T) int64, x_0: the examples, and end-of-text up to T
     maskable: np.ndarray  # (B, T) bool: what the objective may mask
     forced: np.ndarray  # (B, T) bool: what T3S masks in any case
-    u: np.ndarray  # (B, 1 + T) in [0, 1): of the noise level, and of each position
+    u: np.ndarray  # (B, 1 + T) uniforms: u[0] becomes the noise level t; position i is masked where u[1 + i] < t
     complement: np.ndarray  # (B, 1) bool: the second one of a complementary pair
     real: np.ndarray  # (B,) tokens of each example
 
@@ -74,32 +75,43 @@ def corrupt_batch(
                    with probability 1, so its inverse probability is 1: as in the loss without T3S every answer token
                    counts 1 on average. "t": 1 / p of its row like any masked token, on average ln(1 / EPSILON) = 6.9
     weighting      of `block`: mean (default) or 1/t
-    t_min, t_max   range of the noise level; default: EPSILON to 1 for LLaDA, 0.3 to 0.8 for block
-    complementary  each example twice, with a mask and with its complement in what may be masked (LLaDA2 report)
+    t_min, t_max   range of the noise level; -1: EPSILON to 1 for LLaDA, 0.3 to 0.8 for block
+    complementary  each example twice, with a mask and with its complement in what may be masked (LLaDA2 report). Forced
+                   tokens are masked in both rows, hence seen twice
 
     -> {"examples", "ids" (B, T) int64, "targets" (B, T), -100 where not masked, "weights" (B, T) float32,
-    "positions", "attention" (both for model.forward), "tokens", "count"}; loss of a step = sum of nll * weights /
-    sum of count. No examples give one row without targets and count 0.
+    "positions", "attention" (both for model.forward), "tokens", "read", "pairs" (the second two for model.flops),
+    "count"}; loss of a step = sum of nll * weights / sum of count. No examples give one row without targets, count 0.
     Raises InputError for an unknown objective, one of the other family, or a t range outside 0..1.
     """
-    objective = check_objective(config, objective, forced_weight, weighting, t_min, t_max)
+    objective, t_min, t_max = check_objective(config, objective, forced_weight, weighting, t_min, t_max)
     sizes = train_set.spans[examples, 2] - train_set.spans[examples, 0]
     if len(sizes) and sizes.max() > length:
         raise InputError(f"length {length} is less than the {sizes.max()} tokens of the longest example")
     ends = np.full_like(sizes, length) if objective == "llada" else padded(config, sizes)
     rows = lay_out(config, train_set, examples, ends, f"{seed} {step}", objective == "llada_pretrain", forced)
     if complementary:
+        ends = np.repeat(ends, 2)
         rows = Rows(**{key: np.repeat(value, 2, axis=0) for key, value in vars(rows).items()})
         rows.complement[1::2] = True
-    t_min, t_max = (default if t < 0 else t for t, default in zip((t_min, t_max), T_RANGE[objective], strict=True))
     masked, p = add_noise(rows, t_min, t_max)
-    inverse = np.where(rows.forced, 1.0, 1 / p) if forced_weight == "one" else np.broadcast_to(1 / p, masked.shape)
-    batch = OBJECTIVES[objective](rows, masked, inverse, config, weighting)
-    for key in ("ids", "targets", "weights", "positions", "attention"):
-        if isinstance(batch.get(key), np.ndarray):
-            batch[key] = torch.as_tensor(batch[key], device=device)
+    inverse_p = np.where(rows.forced, 1.0, 1 / p) if forced_weight == "one" else np.broadcast_to(1 / p, masked.shape)
+    more = {"weighting": weighting} if objective == "block" else {}
+    batch = tensors(OBJECTIVES[objective](rows, masked, inverse_p, config, **more), device)
     batch["weights"] = batch["weights"].float()
-    return {"examples": np.asarray(examples), "tokens": int(rows.real.sum()), **batch}
+    read, pairs = work(config, ends)
+    return {"examples": np.asarray(examples), "tokens": int(rows.real.sum()), "read": read, "pairs": pairs, **batch}
+
+
+def work(config, ends):
+    """Rows that end at `ends` -> tokens that go through the blocks, and pairs of a query and a key that it sees.
+
+    A full model's row sees all of itself; a block model reads it twice, and block k of either copy sees k blocks.
+    """
+    if config.attention == "block":
+        blocks = ends // config.block_length
+        return 2 * int(ends.sum()), config.block_length**2 * int((blocks * (blocks + 1)).sum())
+    return int(ends.sum()), int((ends * ends).sum())
 
 
 def padded(config, sizes):
@@ -141,7 +153,7 @@ def add_noise(rows, t_min, t_max):
 # Objectives: `masked` -> what the model reads, predicts, and how much it counts
 
 
-def llada_pretrain(rows, masked, inverse, config, weighting):
+def llada_pretrain(rows, masked, inverse_p, config):
     """LLaDA's pre-training loss (arXiv 2502.09992, eq. 3; ML-GSAI/LLaDA, GUIDELINES.md):
 
         L = - 1 / (number of tokens)  sum over i of  1[x_t^i = M] / p  log p_theta(x_0^i | x_t)
@@ -150,15 +162,12 @@ def llada_pretrain(rows, masked, inverse, config, weighting):
     (LLaDA cut one batch in a hundred to a random length, so that not all were 4096 tokens long; examples here differ.)
     """
     # 1. t ~ U(0, 1), p = (1 - eps) t + eps, each token masked with probability p: add_noise
-    noisy = np.where(masked, config.mask_token_id, rows.ids)  # x_t
-    # 2. a masked position predicts its own token
-    targets = np.where(masked, rows.ids, -100)
+    # 2. the model reads x_t, and a masked position predicts its own token: hide
     # 3. it weighs 1 / p; the normaliser counts all positions, masked or not
-    return {"ids": noisy, "targets": targets, "weights": inverse, "count": float(rows.maskable.sum()),
-            "positions": None, "attention": own_row(rows)}  # fmt: skip
+    return {**hide(rows, masked, config), "weights": inverse_p, "count": float(rows.maskable.sum())}
 
 
-def llada_sft(rows, masked, inverse, config, weighting):
+def llada_sft(rows, masked, inverse_p, config):
     """LLaDA's fine-tuning loss (arXiv 2502.09992, eq. 5; GUIDELINES.md), with L'_b tokens in the answer of row b:
 
         L = - 1 / B  sum over b of  1 / L'_b  sum over i of  1[x_t^i = M] / p  log p_theta(x_0^i | prompt, x_t)
@@ -166,34 +175,28 @@ def llada_sft(rows, masked, inverse, config, weighting):
     Answers are padded with end-of-text to the length of the step, and these pads are answer: masked, seen, scored.
     """
     # 1. as in pre-training, but the prompt is never masked: rows.maskable
-    noisy = np.where(masked, config.mask_token_id, rows.ids)  # x_t
-    targets = np.where(masked, rows.ids, -100)
     # 2. the mean over each answer, pads included; then the mean over the rows
     answer = np.maximum(1, rows.maskable.sum(1, keepdims=True))  # (B, 1), L'
-    return {"ids": noisy, "targets": targets, "weights": inverse / answer, "count": float((rows.real > 0).sum()),
-            "positions": None, "attention": "full"}  # fmt: skip
+    return {**hide(rows, masked, config), "attention": "full", "weights": inverse_p / answer,
+            "count": float((rows.real > 0).sum())}  # fmt: skip
 
 
-def block_sft(rows, masked, inverse, config, weighting):
+def block_sft(rows, masked, inverse_p, config, weighting):
     """LLaDA2's block-diffusion fine-tuning loss, all blocks in one forward pass (dFactory, train_llada2_bd.py):
 
         L = - 1 / n  sum over i of  1[x_t^i = M]  log p_theta(x_0^i | x_t of the same block, x_0 of the blocks before)
 
     weighting mean: n is the number of masked tokens (as dFactory trains); 1/t: each term is divided by p, and n is the
     number of answer tokens, which for t from next to 0 to 1 is the report's bound on the negative log-likelihood.
-    An example ends at the end of its last block: the pads up to there are answer, what lies behind is seen by nobody.
+    An example ends at the end of its last block: the pads up to there are answer, what lies behind is seen by nobody
+    (dFactory pads to 2048).
     """
     # 1. one t per example, answer tokens masked with probability t: add_noise
-    noisy = np.where(masked, config.mask_token_id, rows.ids)  # x_t
-    # 2. the model reads [x_t, x_0], at positions 0..T-1 twice
-    ids, positions, attention = noisy_and_clean(noisy, rows.ids, config.block_length)  # (B, 2T)
-    # 3. only x_t predicts, and only where it is masked
-    targets = np.concatenate([np.where(masked, rows.ids, -100), np.full_like(noisy, -100)], axis=1)
-    # 4. all masked tokens alike, or by their inverse probability
-    weights = np.tile(inverse if weighting == "1/t" else np.ones(masked.shape), 2)
+    # 2. the model reads [x_t, x_0], and only x_t predicts, only where it is masked: hide
+    # 3. all masked tokens alike, or by their inverse probability
+    weights = np.tile(inverse_p if weighting == "1/t" else np.ones(masked.shape), 2)
     count = float((rows.maskable if weighting == "1/t" else masked).sum())
-    return {"ids": ids, "targets": targets, "weights": weights, "count": count,
-            "positions": positions, "attention": attention}  # fmt: skip
+    return {**hide(rows, masked, config), "weights": weights, "count": count}
 
 
 OBJECTIVES = {"llada_pretrain": llada_pretrain, "llada": llada_sft, "block": block_sft}
@@ -201,7 +204,10 @@ T_RANGE = {"llada_pretrain": (EPSILON, 1.0), "llada": (EPSILON, 1.0), "block": (
 
 
 def check_objective(config, objective="", forced_weight="one", weighting="", t_min=-1.0, t_max=-1.0):
-    """The objective's name, the family's own if none is given. Raises InputError for what does not go together."""
+    """-> (objective, t_min, t_max), the family's own where "" and -1 are given.
+
+    Raises InputError for what does not go together.
+    """
     if not config.is_diffusion:
         raise InputError(f"{config.model_type} is no masked-diffusion model")
     objective = objective or {"full": "llada", "block": "block"}[config.attention]
@@ -215,10 +221,30 @@ def check_objective(config, objective="", forced_weight="one", weighting="", t_m
         raise InputError(f"--forced_weight={forced_weight}: must be one or t")
     if weighting not in ("", "mean", "1/t") or (weighting and objective != "block"):
         raise InputError(f"--weighting={weighting}: must be mean or 1/t, and only block objectives have it")
-    low, high = (default if t < 0 else t for t, default in zip((t_min, t_max), T_RANGE[objective], strict=True))
+    low, high = (default if t == -1 else t for t, default in zip((t_min, t_max), T_RANGE[objective], strict=True))
     if not 0 <= low <= high <= 1 or high == 0 or (low == 0 and (objective != "block" or weighting == "1/t")):
         raise InputError(f"--t_min={low} --t_max={high}: must be 0 < t_min <= t_max <= 1 (0 only without 1/t)")
-    return objective
+    return objective, low, high
+
+
+def hide(rows, masked, config):
+    """Rows of which `masked` is hidden, as the model reads them -> {"ids", "targets", "positions", "attention"}.
+
+    A full model reads x_t, (B, T); a block model x_t and x_0, (B, 2T), at positions 0..T-1 twice. Only the masked
+    positions of x_t have a target, which is their own token.
+    """
+    noisy = np.where(masked, config.mask_token_id, rows.ids)  # x_t
+    targets = np.where(masked, rows.ids, -100)
+    if config.attention != "block":
+        return {"ids": noisy, "targets": targets, "positions": None, "attention": own_row(rows)}
+    ids, positions, attention = noisy_and_clean(noisy, rows.ids, config.block_length)
+    targets = np.concatenate([targets, np.full_like(targets, -100)], axis=1)
+    return {"ids": ids, "targets": targets, "positions": positions, "attention": attention}
+
+
+def tensors(batch, device):
+    """Its arrays as tensors on `device`; all else as it is."""
+    return {k: torch.as_tensor(v, device=device) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
 
 
 def own_row(rows):
@@ -268,15 +294,7 @@ def confidence(model, train_set, examples, draws=0, seed=0):
         if draws:
             masks.append(rows.maskable & ~masks[0])
         for masked in masks:
-            noisy, positions, attention = np.where(masked, config.mask_token_id, rows.ids), None, own_row(rows)
-            if config.attention == "block":
-                noisy, positions, attention = noisy_and_clean(noisy, rows.ids, config.block_length)
-            targets = np.full_like(noisy, -100)
-            targets[:, : masked.shape[1]][masked] = rows.ids[masked]
-            noisy, targets, positions, attention = (
-                torch.as_tensor(a, device=device) if isinstance(a, np.ndarray) else a
-                for a in (noisy, targets, positions, attention))  # fmt: skip
-            total = total - model(noisy, targets, positions=positions, attention=attention).cpu().numpy()
+            total = total - model(**tensors(hide(rows, masked, config), device)).cpu().numpy()
     prompts = train_set.spans[examples, 1] - train_set.spans[examples, 0]
     return [row[a:b] / max(1, draws) for row, a, b in zip(total, prompts, sizes, strict=False)]
 
@@ -286,28 +304,17 @@ def confidence(model, train_set, examples, draws=0, seed=0):
 
 
 @dataclass
-class Decoding:
-    """How to fill a canvas; 0 or "" stands for the family's own. eval.Config says what the keys mean."""
+class Decoding(Config):
+    """The command's keys, and what a tokenizer and a model say of their ids."""
 
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    block_length: int = 0
-    denoising_steps: int = 0
-    threshold: float = 0.0
-    remasking: str = "low_confidence"
-    cfg_scale: float = 0.0
-    eos_rule: str = "free"
-    edit_threshold: float = -1.0
-    eos_ids: tuple = ()
+    eos_ids: tuple | None = None  # ids that end an answer; default: the model's own
     vocab_size: int | None = None  # ids from here on never come out; the mask never does
 
 
 MAX_POST_STEPS = 16  # passes in which a block without masks may still be edited (LLaDA2.1)
 
 
-def resolve(config, prompts, keys):
+def check_decoding(config, prompts, keys):
     """Keys -> a complete Decoding and its schedule: how many tokens each forward pass of a block writes at least.
 
     Raises InputError: a value out of range, a prompt that is empty, has an id that the model has not or leaves no room
@@ -316,13 +323,14 @@ def resolve(config, prompts, keys):
     """
     check_objective(config)
     rule, blockwise = Decoding(**keys), config.attention == "block"
-    rule.eos_ids = tuple(i for i in rule.eos_ids if i is not None)
+    check_sampling(config, prompts, rule.max_new_tokens, rule.temperature, rule.top_p, rule.top_k)
+    rule.eos_ids = [i for i in (config.eos_token_ids if rule.eos_ids is None else rule.eos_ids) if i is not None]
+    rule.vocab_size = rule.vocab_size or config.vocab_size
     rule.block_length = rule.block_length or (config.block_length if blockwise else min(32, rule.max_new_tokens))
     for key, fine in (
-        ("max_new_tokens", rule.max_new_tokens > 0), ("block_length", rule.block_length > 0),
-        ("temperature", rule.temperature >= 0), ("top_p", 0 < rule.top_p <= 1), ("top_k", rule.top_k >= 0),
-        ("threshold", 0 <= rule.threshold <= 1), ("denoising_steps", rule.denoising_steps >= 0),
-        ("remasking", rule.remasking in ("low_confidence", "random")), ("cfg_scale", rule.cfg_scale >= 0),
+        ("block_length", rule.block_length > 0), ("threshold", 0 <= rule.threshold <= 1),
+        ("denoising_steps", rule.denoising_steps >= 0), ("cfg_scale", rule.cfg_scale >= 0),
+        ("remasking", rule.remasking in ("low_confidence", "random")),
         ("eos_rule", rule.eos_rule in ("free", "last", "never")), ("edit_threshold", rule.edit_threshold <= 1),
     ):  # fmt: skip
         if not fine:
@@ -336,8 +344,6 @@ def resolve(config, prompts, keys):
     if not blockwise and rule.max_new_tokens % rule.block_length:
         raise InputError(f"block_length = {rule.block_length} does not divide max_new_tokens = {rule.max_new_tokens}")
     for number, prompt in enumerate(prompts):
-        if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise InputError(f"prompt {number} is empty or has an id outside the vocabulary of {config.vocab_size}")
         if 0 < config.max_position_embeddings < len(prompt) + rule.max_new_tokens:
             raise InputError(f"prompt {number} of {len(prompt)} tokens and max_new_tokens = {rule.max_new_tokens} are "
                              f"longer than the model's context of {config.max_position_embeddings}")  # fmt: skip
@@ -352,7 +358,7 @@ def resolve(config, prompts, keys):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, *, seed=0, example_ids=None, use_cache=True, **keys):
+def generate(model, prompts, max_new_tokens, *, example_ids=None, use_cache=True, **keys):
     """Fill a canvas of masks behind each prompt (a list of ids); yields after every forward pass
 
         canvas (B, T) int64: prompt, answer so far, masks up to the longest row   new (B, T) bool: written in this pass
@@ -362,17 +368,19 @@ def generate(model, prompts, max_new_tokens, *, seed=0, example_ids=None, use_ca
     a threshold, all that exceed it (Fast-dLLM). LLaDA2: the blocks are those of the model, counted from position 0; a
     pass reads the block and a cache of those before it. keys: those of Decoding.
 
-    Confidence is the probability of the proposed token without temperature. A row ends with the block in which an
-    end-of-text token is found; its later masks are never looked at. What is drawn is a function of (seed, example id,
-    block, pass, position): one uniform a token, inverted through the distribution. (LLaDA's float64 argmax of
-    exp(logits) / (-ln u)^temperature draws from the same one, with a vocabulary of uniforms for every token.)
+    Confidence is the probability of the proposed token in the softmax of the raw logits, over the whole vocabulary, as
+    in LLaDA's code. (LLaDA2's own takes, at temperatures above 0, that after temperature, top_k and top_p.) A row ends
+    with the block in which an end-of-text token is found; its later masks are never looked at. What is drawn is a
+    function of (seed, example id, block, pass, position): one uniform a token, inverted through the distribution.
+    (LLaDA's float64 argmax of exp(logits) / (-ln u)^temperature draws from the same one, with a vocabulary of uniforms
+    for every token.)
     """
     config, device = model.config, next(model.parameters()).device
-    rule, schedule = resolve(config, prompts, {"max_new_tokens": max_new_tokens, **keys})
+    rule, schedule = check_decoding(config, prompts, {"max_new_tokens": max_new_tokens, **keys})
     example_ids, block = list(range(len(prompts)) if example_ids is None else example_ids), rule.block_length
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     starts = lengths // block * block if config.attention == "block" else lengths  # of each row's first block
-    ends = starts - (starts - lengths - max_new_tokens) // block * block  # of its last one
+    ends = starts + -(-(lengths + max_new_tokens - starts) // block) * block  # of its last one
     canvas = torch.full((len(prompts), int(ends.max())), config.mask_token_id, device=device)
     for row, prompt in zip(canvas, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
@@ -385,8 +393,8 @@ def generate(model, prompts, max_new_tokens, *, seed=0, example_ids=None, use_ca
     rows, number = torch.arange(len(prompts), device=device), 0  # whose answers are not finished; which block of theirs
     while len(rows):
         span = (starts[rows] + number * block)[:, None] + torch.arange(block, device=device)  # (b, block)
-        keyed = [(f"{seed} {number}", example_ids[row]) for row in rows.tolist()]
-        for written in denoise(model, canvas, rows, span, lengths, ends, rule, schedule, keyed, cache):
+        noise_keys = [(f"{rule.seed} {number}", example_ids[row]) for row in rows.tolist()]
+        for written in denoise(model, canvas, rows, span, lengths, ends, rule, schedule, noise_keys, cache):
             new = torch.zeros_like(canvas, dtype=torch.bool)
             new[rows[:, None], span] = written
             yield canvas.clone(), new
@@ -401,7 +409,7 @@ def generate(model, prompts, max_new_tokens, *, seed=0, example_ids=None, use_ca
         rows, number = rows[left], number + 1
 
 
-def denoise(model, canvas, rows, span, lengths, ends, rule, schedule, keyed, cache):
+def denoise(model, canvas, rows, span, lengths, ends, rule, schedule, noise_keys, cache):
     """Fill one block of the rows in place; yields what was written after every forward pass, (b, block) bool.
 
     rows (b,) of the canvas and span (b, block): where their block lies. With an edit threshold, written tokens are
@@ -422,7 +430,7 @@ def denoise(model, canvas, rows, span, lengths, ends, rule, schedule, keyed, cac
             return
         asked = (answer if editing else masked) & unfinished[:, None]
         logits = predict(model, canvas, rows, span, lengths, ends, rule.cfg_scale, cache)  # (b, block, V)
-        u, shuffle = draws(keyed, step, span) if rule.temperature or rule.remasking == "random" else (None, None)
+        u, shuffle = draws(noise_keys, step, span) if rule.temperature or rule.remasking == "random" else (None, None)
         token, sure = propose(logits[asked], u if u is None else u[asked], rule, model.config)  # (N,) each
         tokens = ids.masked_scatter(asked, token)
         p = torch.zeros_like(ids, dtype=torch.float64).masked_scatter(asked, sure)  # (b, block)
@@ -438,10 +446,10 @@ def denoise(model, canvas, rows, span, lengths, ends, rule, schedule, keyed, cac
         yield written
 
 
-def draws(keyed, step, span):
+def draws(noise_keys, step, span):
     """Two uniforms for each position of the block, (b, block) each: for its token, and for a random order."""
     n = span.shape[1]
-    u = np.stack([uniforms(f"{key} {step}", example, 2 * n) for key, example in keyed])
+    u = np.stack([uniforms(f"{key} {step}", example, 2 * n) for key, example in noise_keys])
     return torch.from_numpy(u).to(span.device).chunk(2, dim=1)
 
 
@@ -463,27 +471,34 @@ def predict(model, canvas, rows, span, lengths, ends, cfg_scale, cache):
 
 
 def propose(logits, u, rule, config):
-    """logits (N, V), uniforms (N,) -> a token for each position, and its probability in float64, both (N,)."""
-    logits = logits[:, : rule.vocab_size]
-    never = [config.mask_token_id, *(config.eos_token_ids if rule.eos_rule == "never" else ())]
-    logits[:, [i for i in never if i < logits.shape[1]]] = -torch.inf
+    """logits (N, V), uniforms (N,) -> a token for each position, and its probability, both (N,); all in float64.
+
+    As in LLaDA's code, the probability is that among all ids (but not end-of-text where it may never be written: its
+    logits_eos_inf), although the mask and what only pads the vocabulary cannot be proposed.
+    """
+    logits = logits.double()
+    if rule.eos_rule == "never":
+        logits[:, [i for i in rule.eos_ids if i < logits.shape[1]]] = -torch.inf
+    logp = logits.log_softmax(-1)
+    logits[:, config.mask_token_id] = logits[:, rule.vocab_size :] = -torch.inf
     token = next_token(logits, u, rule.temperature, rule.top_p, rule.top_k)
-    return token, logits.double().log_softmax(-1).gather(1, token[:, None]).squeeze(1).exp()
+    return token, logp.gather(1, token[:, None]).squeeze(1).exp()
 
 
 def commit(order, masked, count, threshold):
     """Which masked positions are written now, (b, block): the `count` highest in `order`; if more exceed the threshold,
-    all of these. Of equals the leftmost."""
+    all of these. Of equals the leftmost. (LLaDA2's >; Fast-dLLM's >= differs at exactly the threshold only.)"""
     rank = order.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     chosen = masked & (rank < count)
     return chosen | (masked & (order > threshold)) if threshold else chosen
 
 
-def sample(model, prompts, max_new_tokens, **keys):
+def sample(model, prompts, max_new_tokens, *, eos_ids=None, **keys):
     """Answers to one batch of prompts -> a list of ids for each, up to and without an end-of-text id; see generate."""
-    for step in generate(model, prompts, max_new_tokens, **keys):
+    eos_ids = model.config.eos_token_ids if eos_ids is None else eos_ids
+    for step in generate(model, prompts, max_new_tokens, eos_ids=eos_ids, **keys):
         canvas = step[0]
-    return [until_end(row[len(prompt) : len(prompt) + max_new_tokens], keys.get("eos_ids", ()))
+    return [until_end(row[len(prompt) : len(prompt) + max_new_tokens], eos_ids)
             for row, prompt in zip(canvas.tolist(), prompts, strict=True)]  # fmt: skip
 
 

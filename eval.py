@@ -27,7 +27,7 @@ import diffusion
 from config import InputError, command, run_keys, whole_file, write_json
 from data import load as load_data
 from data import load_tokenizer, uniforms
-from model import Cache, load, local_folder, next_token
+from model import Cache, check_sampling, load, local_folder, next_token
 
 
 @dataclass
@@ -48,12 +48,12 @@ class Config:
     device: str = ""  # cpu, cuda, ...; default: cuda if there is one
     dtype: str = "float32"  # float32 or bfloat16
     # sampling from masked-diffusion students only: diffusion.py
-    block_length: int = 0  # tokens written together, from left to right; 0: LLaDA2's own, 32 for LLaDA
+    block_length: int = 0  # tokens written together, from left to right; 0: LLaDA2's own; LLaDA min(32, max_new_tokens)
     denoising_steps: int = 0  # forward passes for max_new_tokens; 0: as many as tokens
     threshold: float = 0.0  # write all tokens surer than this at once, at least one; 0: LLaDA2 0.95, LLaDA none
     remasking: str = "low_confidence"  # which tokens wait: low_confidence or random
     cfg_scale: float = 0.0  # classifier-free guidance, LLaDA only
-    eos_rule: str = "free"  # end-of-text is written like any token (free), after all others of its block (last), never
+    eos_rule: str = "free"  # end-of-text: free: like any token; last: after all others of its block; never: not at all
     edit_threshold: float = -1.0  # LLaDA2.1: replace written tokens if surer than this of another; -1: never
 
 
@@ -164,9 +164,10 @@ def last_boxed(text):
 
 def sample(
     model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=0, example_ids=None,
-    eos_ids=(), vocab_size=None, batch_size=64, progress=None, **decoding,
+    eos_ids=None, vocab_size=None, batch_size=64, progress=None, **decoding,
 ):  # fmt: skip
-    """Continue each prompt (a list of ids) -> a list of ids for each, up to and without an end-of-text id.
+    """Continue each prompt (a list of ids) -> a list of ids for each, up to and without an end-of-text id (eos_ids;
+    default: the model's own).
 
     An answer of max_new_tokens ids was cut off. Ids from vocab_size on (rows that pad the embedding) never come out.
     What is drawn for a prompt is a pure function of (seed, its example id, position), so an answer depends on no other
@@ -174,16 +175,10 @@ def sample(
     with the shape of a batch, which can turn a near tie. `progress` is called with the number of finished answers.
     decoding: diffusion.generate's keywords; an autoregressive model has no use for them.
     """
-    size = model.config.vocab_size
-    for key, given, fine in (
-        ("temperature", temperature, temperature >= 0), ("top_p", top_p, 0 < top_p <= 1), ("top_k", top_k, top_k >= 0),
-        ("max_new_tokens", max_new_tokens, max_new_tokens > 0), ("batch_size", batch_size, batch_size > 0),
-    ):  # fmt: skip
-        if not fine:
-            raise InputError(f"{key} = {given}: out of range (python eval.py --help says what it means)")
-    for number, prompt in enumerate(prompts):
-        if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < size:
-            raise InputError(f"prompt {number} is empty or has an id outside the model's vocabulary of {size}")
+    check_sampling(model.config, prompts, max_new_tokens, temperature, top_p, top_k)
+    if batch_size < 1:
+        raise InputError(f"batch_size = {batch_size}: out of range (python eval.py --help says what it means)")
+    eos_ids = set(model.config.eos_token_ids if eos_ids is None else eos_ids)
 
     def choose(logits, u):  # (B, V), (B,) -> (B,)
         return next_token(logits[:, :vocab_size], u, temperature, top_p, top_k)
@@ -197,10 +192,10 @@ def sample(
         if model.config.is_diffusion:
             texts = diffusion.sample(
                 model, asked, max_new_tokens, seed=seed, example_ids=ids, temperature=temperature, top_p=top_p,
-                top_k=top_k, eos_ids=set(eos_ids), vocab_size=vocab_size, **decoding)  # fmt: skip
+                top_k=top_k, eos_ids=eos_ids, vocab_size=vocab_size, **decoding)  # fmt: skip
         else:
             u = np.stack([uniforms(seed, name, max_new_tokens) for name in ids])
-            texts = write(model, asked, u, choose, set(eos_ids))
+            texts = write(model, asked, u, choose, eos_ids)
         for j, text in zip(batch, texts, strict=True):
             answers[j] = text
         if progress:

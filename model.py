@@ -596,6 +596,19 @@ class Transformer(nn.Module):
 # From logits to a token: for the samplers of eval.py and diffusion.py
 
 
+def check_sampling(config, prompts, max_new_tokens, temperature, top_p, top_k):
+    """Raises InputError for a value out of range, and for a prompt that is empty or has an id the model has not."""
+    for key, given, fine in (
+        ("temperature", temperature, temperature >= 0), ("top_p", top_p, 0 < top_p <= 1), ("top_k", top_k, top_k >= 0),
+        ("max_new_tokens", max_new_tokens, max_new_tokens > 0),
+    ):  # fmt: skip
+        if not fine:
+            raise InputError(f"{key} = {given}: out of range (python eval.py --help says what it means)")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise InputError(f"prompt {number} is empty or has an id outside the vocabulary of {config.vocab_size}")
+
+
 def next_token(logits, u, temperature, top_p, top_k):
     """logits (B, V), uniforms u (B,) -> ids (B,): inverse CDF over ids in their order; temperature 0: the likeliest.
 

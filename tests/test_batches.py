@@ -127,6 +127,20 @@ def test_padding_shares_by_hand(here, capsys):
     assert log("one")[0]["padding_unpacked"] == pytest.approx(before, abs=1e-4)
 
 
+def test_operations_of_a_diffusion_step(here):
+    """A full model reads and sees all of its rows: against torch's own counter, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    keys = faults.KEYS | dict(model="llada", batch_size=0, micro_batch_size=4, complementary=True)
+    run = train.read_inputs(train.resolve(dict(run="one", **keys)))
+    run.student = model.load("llada")
+    for batch in batches.micro_batches(run, 0):
+        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):  # fmt: skip
+            run.student(batch["ids"], batch["targets"], attention=batch["attention"]).sum().backward()
+        assert batch["flops"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
 def test_a_row_of_padding_has_no_target():
     ids, targets, positions, segments = batches.collate_rows(None, [])
     assert ids.shape == (1, 1) and (targets == -100).all() and (segments == -1).all()

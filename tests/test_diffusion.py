@@ -219,6 +219,22 @@ def test_loss_equals_the_formulas(objective, keys):
     assert sum(weighted_nll(student, p) for p in pieces) == pytest.approx(expected[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["llada_pretrain", "llada", "block"])
+@pytest.mark.parametrize("complementary", [False, True])
+def test_what_is_read_and_seen(objective, complementary):
+    """Tokens through the blocks and pairs in sight, row by row: `llada` pads are seen, other padding is not."""
+    student, read, pairs = make_student("block" if objective == "block" else "full"), 0, 0
+    for size in (sum(lengths) for lengths in LENGTHS):
+        size = {"llada": LONGEST, "block": math.ceil(size / BLOCK) * BLOCK}.get(objective, size)
+        sees = np.ones((size, size), dtype=bool)
+        if objective == "block":
+            *_, sees = diffusion.noisy_and_clean(np.zeros((1, size)), np.zeros((1, size)), BLOCK)
+        read, pairs = read + sees.shape[-1], pairs + sees.sum()
+    batch = batch_of(student, objective=objective, complementary=complementary)
+    assert (batch["read"], batch["pairs"]) == (read * (1 + complementary), pairs * (1 + complementary))
+    assert batch_of(student, [], objective=objective)["pairs"] == 0
+
+
 def test_default_objectives_are_the_families_own():
     for attention, objective in (("full", "llada"), ("block", "block")):
         student = make_student(attention)
@@ -323,7 +339,7 @@ def test_block_mask_equals_the_loops(T, block):
     ("full", dict(objective="mdlm"), "must be one of llada_pretrain, llada, block"),
     ("full", dict(weighting="mean"), "only block objectives"), ("block", dict(weighting="t"), "must be mean or 1/t"),
     ("full", dict(forced_weight="2"), "must be one or t"), ("full", dict(t_min=0.0), "t_min"),
-    ("block", dict(t_min=0.9), "t_min"), ("block", dict(t_max=1.5), "t_max"),
+    ("block", dict(t_min=0.9), "t_min"), ("block", dict(t_max=1.5), "t_max"), ("block", dict(t_max=-3.0), "t_max"),
     ("full", dict(length=3), "length 3 is less than the 18 tokens"),
 ])  # fmt: skip
 def test_objectives_that_cannot_be(attention, keys, message):
@@ -393,9 +409,9 @@ PROMPTS = [[5, 6, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, MASK, 12], [40]]  # a 
 
 
 def trajectory(student, prompt, n, **keys):
-    """[(canvas, positions written), ...] of one prompt."""
+    """[(canvas, positions written), ...] of one prompt; nothing ends it unless asked."""
     return [(canvas[0].tolist(), new[0].nonzero().flatten().tolist())
-            for canvas, new in diffusion.generate(student, [prompt], n, **keys)]  # fmt: skip
+            for canvas, new in diffusion.generate(student, [prompt], n, **{"eos_ids": (), **keys})]  # fmt: skip
 
 
 def llada_by_the_rules(student, prompt, n, block, steps, cfg=0.0, threshold=None, no_eos=False, eos_last=(),
@@ -412,10 +428,11 @@ def llada_by_the_rules(student, prompt, n, block, steps, cfg=0.0, threshold=None
                     free = student(torch.tensor([[MASK] * P + x[P:]]))[0]
                     logits = free + (cfg + 1) * (logits - free)
             logits = logits.double()
-            logits[:, MASK] = -torch.inf
             if no_eos:
                 logits[:, EOS] = -torch.inf
-            proposed, p = logits.argmax(-1).tolist(), logits.softmax(-1)
+            p = logits.softmax(-1)
+            logits[:, MASK] = -torch.inf
+            proposed = logits.argmax(-1).tolist()
             u = noise(f"0 {b}", step, 0, 2 * block)
             if temperature:
                 cdf = (logits[low:high] / temperature).softmax(-1).cumsum(-1)
@@ -483,7 +500,7 @@ def test_eos_rules():
     for seed in range(4):
         student, eot = with_an_end(make_student("full", seed=seed), PROMPTS[0], 16, 16)
         free = trajectory(student, PROMPTS[0], 16, block_length=16)
-        never = trajectory(student, PROMPTS[0], 16, block_length=8, eos_rule="never")
+        never = trajectory(student, PROMPTS[0], 16, block_length=8, eos_rule="never", eos_ids={EOS})
         assert never == llada_by_the_rules(student, PROMPTS[0], 16, 8, 16, no_eos=True)
         assert EOS in free[-1][0] and EOS not in never[-1][0]
         for threshold in (0.0, 0.2):
@@ -512,8 +529,9 @@ def llada2_by_the_rules(student, prompt, n, threshold=0.95, steps=None, edit=Non
                     break
             with torch.no_grad():
                 logits = student(torch.tensor([x[: low + block]]))[0].double()
+            p = logits.softmax(-1)
             logits[:, c.mask_token_id] = -torch.inf
-            proposed, p = logits.argmax(-1).tolist(), logits.softmax(-1)
+            proposed = logits.argmax(-1).tolist()
             above = [i for i in masked if p[i, proposed[i]] > threshold]
             order = sorted(masked, key=lambda i: (-float(p[i, proposed[i]]), i))
             chosen = above if len(above) >= count else order[:count]
@@ -572,7 +590,7 @@ def test_the_cache_holds_what_a_clean_pass_would_write(mini, monkeypatch):
         return plain(self, ids, *args, cache=cache, **keys)
 
     monkeypatch.setattr(model.Transformer, "forward", forward)
-    *_, (canvas, _) = diffusion.generate(mini, [MINI_PROMPTS[1]], 23)
+    *_, (canvas, _) = diffusion.generate(mini, [MINI_PROMPTS[1]], 23, eos_ids=())
     assert fed[0] == 8 and set(fed[1:]) == {4} and canvas.shape[1] == 32
     clean = model.Cache(mini.config, 1, 32)
     with torch.no_grad():
@@ -615,7 +633,7 @@ def test_tokens_are_drawn_from_the_softmax(student):
         logits = student(torch.tensor([[5, 6, 7, MASK]]))[0, 3].double()
     logits[MASK] = -torch.inf
     expected = 4000 * (logits / 0.8).softmax(-1).numpy()
-    drawn = diffusion.sample(student, [[5, 6, 7]] * 4000, 1, temperature=0.8)
+    drawn = diffusion.sample(student, [[5, 6, 7]] * 4000, 1, temperature=0.8, eos_ids=())
     counts = np.bincount([answer[0] for answer in drawn], minlength=V)
     likely = expected > 10
     assert likely.sum() > 4 and counts[MASK] == 0
@@ -636,10 +654,33 @@ def test_random_order_is_random():
 def test_neither_the_mask_nor_ids_beyond_the_tokenizer_come_out(student):
     raw = student(torch.tensor([PROMPTS[1] + [MASK] * 3]))[0].softmax(-1)
     assert raw[:, MASK].max() > 1e-4 and raw[:, 40:].sum(-1).max() > 1e-2  # they could
-    answers = diffusion.sample(student, [PROMPTS[1]] * 50, 32, temperature=1.5, vocab_size=40)
+    answers = diffusion.sample(student, [PROMPTS[1]] * 50, 32, temperature=1.5, vocab_size=40, eos_ids=())
     assert {len(a) for a in answers} == {32} and max(max(a) for a in answers) < 40
-    answers = diffusion.sample(student, [PROMPTS[1]] * 50, 32, temperature=1.5)
+    answers = diffusion.sample(student, [PROMPTS[1]] * 50, 32, temperature=1.5, eos_ids=())
     assert not any(MASK in a for a in answers) and max(max(a) for a in answers) > 40
+
+
+def test_confidence_is_the_probability_among_all_ids():
+    """LLaDA's: the mask and ids beyond the tokenizer are never proposed, but keep their share; in float64."""
+    config, logits = make_student("full").config, torch.zeros(1, V)
+    logits[0, [MASK, 44]], logits[0, 7] = 3.0, 1.0
+    total = 2 * math.exp(3.0) + math.e + V - 3
+    for eos_rule, rest in (("free", 0.0), ("never", 1.0)):
+        rule = diffusion.Decoding(eos_rule=eos_rule, eos_ids=[EOS], vocab_size=40)
+        for temperature, u in ((0.0, None), (1e-9, torch.full((1,), 0.5, dtype=torch.float64))):
+            token, sure = diffusion.propose(logits.clone(), u, replace(rule, temperature=temperature), config)
+            assert token.tolist() == [7] and sure.dtype == torch.float64
+            assert sure.item() == pytest.approx(math.e / (total - rest), rel=1e-14)
+
+
+def test_two_tokens_that_float32_cannot_tell_apart_are_drawn_by_float64_probabilities():
+    """1 + 1e-12 over 1e-12: the second has odds exp(1), in float32 they would be even."""
+    config, logits = make_student("full").config, torch.full((1, V), -1e9, dtype=torch.float64)
+    logits[0, 5], logits[0, 6] = 1.0, 1.0 + 1e-12
+    rule = diffusion.Decoding(temperature=1e-12, eos_ids=[], vocab_size=V)
+    for u, expected in ((0.26, 5), (0.28, 6)):  # 1 / (1 + e) = 0.269
+        token, _ = diffusion.propose(logits.clone(), torch.tensor([u], dtype=torch.float64), rule, config)
+        assert token.tolist() == [expected]
 
 
 def test_decoding_stops_after_the_block_with_the_end(student):
@@ -652,6 +693,9 @@ def test_decoding_stops_after_the_block_with_the_end(student):
         stop = start + (end - start) // 4 * 4 + 4
         assert MASK not in row[len(prompt) : stop] and set(row[stop:]) == {MASK}  # that block is whole, none behind it
         ended += stop < len(row) - 8
+        *_, (default, _) = diffusion.generate(likely, [prompt], 60, block_length=4)  # the model's own ids
+        assert torch.equal(default, canvas)
+        assert diffusion.sample(likely, [prompt], 60, block_length=4) == [row[len(prompt) : end]]
         answers = evaluation.sample(likely, PROMPTS, 60, temperature=0, block_length=4, eos_ids={EOS})
         assert answers[PROMPTS.index(prompt)] == row[len(prompt) : end]
     assert ended >= 3

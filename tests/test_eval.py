@@ -250,7 +250,7 @@ def test_batch_size_and_order_change_no_answer(twin):
 
 def test_more_tokens_continue_the_same_answer(twin):
     ours, _ = twin("qwen3")
-    short, long = (evaluation.sample(ours, some_prompts(), n, seed=1) for n in (6, 20))
+    short, long = (evaluation.sample(ours, some_prompts(), n, seed=1, eos_ids=()) for n in (6, 20))
     assert [ids[:6] for ids in long] == short and {len(ids) for ids in long} == {20}
 
 
@@ -265,7 +265,7 @@ def test_seeds_and_example_ids_change_the_answer(twin):
 
 def test_the_end_is_not_part_of_the_answer(twin):
     ours, _ = twin("qwen3")
-    free = evaluation.sample(ours, some_prompts(), 20, temperature=0)
+    free = evaluation.sample(ours, some_prompts(), 20, temperature=0, eos_ids=())
     for n in (0, 3, 11):
         end = free[2][n]
         stopped = evaluation.sample(ours, some_prompts(), 20, temperature=0, eos_ids=[end])
