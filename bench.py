@@ -21,6 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +78,7 @@ def main(**given):
             print(f"{name}: {time.time() - started:.0f} s", flush=True)
     print(f"\n{'':55}{'ours':>12}{'other':>12}{'ratio':>8}  wanted")
     for line in lines:
-        ours, other = (f"{line[key]:12.4g}" if line[key] is not None else f"{'-':>12}" for key in ("ours", "other"))
+        ours, other = (f"{line[key]:{'12d' if isinstance(line[key], int) else '12.4g'}}" if line[key] is not None else f"{'-':>12}" for key in ("ours", "other"))
         ratio = f"{line['ratio']:8.2f}" if line["ratio"] is not None else f"{'':8}"
         print(f"{line['section'] + ': ' + line['what']:55}{ours}{other}{ratio}  {line['wanted']}".rstrip())
     return lines
@@ -148,9 +150,15 @@ def medians(seconds):
 
 
 def alone(function, *args):
-    """function(*args) in a fresh process, so that what it measures of its memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    """function(*args) in a fresh process, so that what it measures of its memory is its own.
+
+    Raises InputError if the process is killed, as it is where memory runs out.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(function, *args).result()
+        except BrokenProcessPool:
+            raise InputError(f"the process that measured {function.__name__} was killed: too little memory?") from None
 
 
 def peak_memory():
@@ -580,7 +588,7 @@ def blocks_section(cfg, folder, examples, prompt=64, new_tokens=512):
     ids = [np.random.default_rng(0).integers(2, 4096, prompt).tolist()]
 
     def decode(use_cache):
-        answers[use_cache] = diffusion.sample(student, ids, new_tokens, use_cache=use_cache)[0]
+        answers[use_cache] = diffusion.sample(student, ids, new_tokens, use_cache=use_cache, eos_ids=())[0]
 
     seconds = taking_turns(-(-cfg.repeats // 2), lambda: decode(True), lambda: decode(False))
     same = sum(a == b for a, b in zip(answers[True], answers[False], strict=True))

@@ -80,8 +80,8 @@ def corrupt_batch(
                    tokens are masked in both rows, hence seen twice
 
     -> {"examples", "ids" (B, T) int64, "targets" (B, T), -100 where not masked, "weights" (B, T) float32,
-    "positions", "attention" (both for model.forward), "tokens", "read", "pairs" (the second two for model.flops),
-    "count"}; loss of a step = sum of nll * weights / sum of count. No examples give one row without targets, count 0.
+    "positions", "attention" (both for model.forward), "tokens", "read" and "pairs" (see `work`), "count"}; loss of a
+    step = sum of nll * weights / sum of count. No examples give one row without targets and count 0.
     Raises InputError for an unknown objective, one of the other family, or a t range outside 0..1.
     """
     objective, t_min, t_max = check_objective(config, objective, forced_weight, weighting, t_min, t_max)
