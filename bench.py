@@ -78,9 +78,10 @@ def main(**given):
             print(f"{name}: {time.time() - started:.0f} s", flush=True)
     print(f"\n{'':55}{'ours':>12}{'other':>12}{'ratio':>8}  wanted")
     for line in lines:
-        ours, other = (f"{line[key]:{'12d' if isinstance(line[key], int) else '12.4g'}}" if line[key] is not None else f"{'-':>12}" for key in ("ours", "other"))
-        ratio = f"{line['ratio']:8.2f}" if line["ratio"] is not None else f"{'':8}"
-        print(f"{line['section'] + ': ' + line['what']:55}{ours}{other}{ratio}  {line['wanted']}".rstrip())
+        ours, other = ("-" if line[key] is None else f"{line[key]:{'d' if isinstance(line[key], int) else '.4g'}}"
+                       for key in ("ours", "other"))  # fmt: skip
+        ratio = "" if line["ratio"] is None else f"{line['ratio']:.2f}"
+        print(f"{line['section'] + ': ' + line['what']:55}{ours:>12}{other:>12}{ratio:>8}  {line['wanted']}".rstrip())
     return lines
 
 

@@ -1,6 +1,7 @@
 """bench.py at tiny sizes: every section runs and its two sides agree. No times are checked here."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,12 +55,17 @@ def test_parity_of_a_tokenizer(tmp_path):
 
 
 def test_peak_memory_of_the_loss():
-    V, chunk = 200_000, 2**26 // 200_000  # ours makes the logits of so many rows at a time
-    ours = bench.alone(bench.peaks_of_loss, "ours", 1, V, 4, (384, 960))
-    assert 4 * chunk * V < ours[384] < 4 * 4 * chunk * V
-    assert ours[960] < 1.2 * ours[384]
-    plain = bench.alone(bench.peaks_of_loss, "all rows", 1, V, 4, (384,))
-    assert plain[384] > 2 * 4 * 384 * V  # logits and their gradient at the least
+    V, chunk = 2**18, 2**26 // 2**18  # ours makes the logits of so many rows at a time, 256 MiB
+    ours = bench.alone(bench.peaks_of_loss, "ours", 1, V, 4, (2 * chunk, 4 * chunk))
+    assert 4 * chunk * V < ours[2 * chunk] < 5 * 4 * chunk * V
+    assert ours[4 * chunk] < 1.2 * ours[2 * chunk]
+    plain = bench.alone(bench.peaks_of_loss, "all rows", 1, V, 4, (2 * chunk,))
+    assert plain[2 * chunk] > 2 * 4 * 2 * chunk * V  # logits and their gradient at the least
+
+
+def test_a_measuring_process_that_is_killed_is_an_error():
+    with pytest.raises(InputError, match="the process that measured _exit was killed"):
+        bench.alone(os._exit, 9)
 
 
 def test_loss_section_leaves_out_what_does_not_fit(monkeypatch, capsys):
