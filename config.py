@@ -18,8 +18,9 @@ import os
 import re
 import shutil
 import sys
+import time
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 
 class InputError(ValueError):
@@ -82,6 +83,8 @@ def command(main, cls):
     try:
         main(**parse(cls))
     except (InputError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # under torchrun process 0 has the same to say, and its end is then the end of this one
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -158,7 +161,7 @@ def read_json(path):
     """A JSON file that holds an object -> dict. Raises InputError with the file's name if it is anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
         raise InputError(f"{path}: not JSON ({error})") from None
@@ -171,6 +174,14 @@ def write_json(path, value):
     """`value` as indented JSON, whole or not at all."""
     with whole_file(path) as aside:
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def run_folder(name):
+    """The folder of a run, runs/<name>. Raises InputError for a name that leads to another place; a/b is fine."""
+    path = PurePath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts:
+        raise InputError(f"--run={name}: must be the name of a folder in runs/, without .. and not from / on")
+    return Path("runs") / path
 
 
 def run_keys(folder):

@@ -25,9 +25,8 @@ def start_processes(cfg):
 
     A process that waits for the others longer than cfg.timeout gives up; torchrun then ends the rest.
     """
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(cfg.device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=cfg.timeout)
@@ -35,6 +34,20 @@ def start_processes(cfg):
             dist.init_process_group(backend, timeout=timeout)
         elif cfg.dtype != "float32":  # FSDP gives us mixed precision too, and wants a group, be it of one
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+def pick_device(name):
+    """--device -> torch.device ("": cuda if there is one, else cpu); of several GPUs the one torchrun means for this
+    process. Raises InputError if it is not on this machine."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # no such name, no driver, torch without CUDA, too few GPUs
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--device={name}: not on this machine, or no device at all ({reason})") from None
     return device
 
 

@@ -36,7 +36,8 @@ import model
 import parallel
 import resume
 from batches import micro_batches, pack, padded_slots
-from config import InputError, command, load_select, read_json, write_json
+from config import InputError, command, load_select, read_json, run_folder, run_keys, write_json
+from eval import DECODING
 from parallel import all_reduce, decide, gather, grad_norm, parallelize, rank, start_processes, stop, world_size
 from trajectory import record
 
@@ -131,18 +132,22 @@ class Run:
 
 
 def main(**given):
-    """Train one run. Keys are Config's; raises InputError for whatever cannot work, before anything is written."""
+    """Train one run. Keys are Config's; raises InputError for whatever cannot work, before anything is written.
+
+    Interrupted (Ctrl-C, SIGTERM) it saves, then raises KeyboardInterrupt.
+    """
     cfg = resolve(given)
     if cfg.dry_run:
         return memory.dry_run(cfg)
     run = read_inputs(cfg)
     folder, device = run.folder, run.device
+    # before the lock: weights that cannot be read must leave no folder behind
+    student = run.student = model.load(run.source, device, shard=lambda m: parallelize(cfg, m, device))
+    optimizer = run.optimizer = make_optimizer(cfg, student)
     with resume.lock(folder), Interrupt() as interrupt:
         changed = start_run(run)
         first = resume.newest(folder) if cfg.resume else 0
         lowest, accuracy = decide(lambda: resume.rewind(cfg, folder, first, changed))
-        student = run.student = model.load(run.source, device, shard=lambda m: parallelize(cfg, m, device))
-        optimizer = run.optimizer = make_optimizer(cfg, student)
         if first:
             resume.load(folder, first, student, optimizer)
         describe(run, first)
@@ -182,7 +187,10 @@ def main(**given):
         state = f"stopped at step {step} of {cfg.steps}" if step < cfg.steps else "done"
         saved = checkpoint(folder, step) if step else "none"
         lead = "\n" if sys.stdout.isatty() else ""
-        print(f"{lead}{state}: {folder} ({time.time() - started:.0f} s), last checkpoint: {saved}")
+        print(f"{lead}{state}: {folder} ({time.time() - started:.0f} s), last checkpoint: {saved}", flush=True)
+    if step < cfg.steps:  # for a shell exit code 130: `train.py && select.py` must not go on with half a run
+        parallel.end_processes()
+        raise KeyboardInterrupt
 
 
 def train_step(cfg, student, optimizer, batches, step):
@@ -257,8 +265,9 @@ def resolve(given):
     if unknown:
         raise InputError(f"unknown key {unknown[0]}")
     inherited = {}
-    if given.get("resume") and (Path("runs") / given.get("run", "") / "config.json").is_file():
-        inherited = read_keys(Path("runs") / given["run"] / "config.json")
+    folder = run_folder(given["run"]) if given.get("run") else None
+    if folder and given.get("resume") and (folder / "config.json").is_file():
+        inherited = read_keys(folder)
     elif given.get("selection"):
         inherited = of_pass_1(given)
     cfg = Config(**{**inherited, **given})
@@ -268,18 +277,27 @@ def resolve(given):
     for key, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16"))):
         if getattr(cfg, key) not in allowed:
             raise InputError(f"--{key}={getattr(cfg, key)}: must be {' or '.join(allowed)}")
-    for key in ("steps", "micro_batch_size", "samples", "max_new_tokens", "keep_checkpoints", "timeout", "gpus"):
-        if getattr(cfg, key) < 1:
-            raise InputError(f"--{key}={getattr(cfg, key)}: must be at least 1")
+    at_least = dict.fromkeys(("steps", "micro_batch_size", "samples", "max_new_tokens", "sample_batch_size",
+                              "keep_checkpoints", "timeout", "gpus"), 1)  # fmt: skip
+    at_least |= dict.fromkeys(("batch_size", "lr", "warmup_steps", "weight_decay", "clip", "seed", "max_row_tokens",
+                               "record_every", "save_every", "resume_every", "confidence_draws"), 0)  # fmt: skip
+    for key, least in at_least.items():
+        if getattr(cfg, key) < least:
+            raise InputError(f"--{key}={getattr(cfg, key)}: must be at least {least}")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(cfg, key) < 1:
+            raise InputError(f"--{key}={getattr(cfg, key)}: must be at least 0 and less than 1")
+    if cfg.gpu_memory_gib <= 0:
+        raise InputError(f"--gpu_memory_gib={cfg.gpu_memory_gib}: must be more than 0")
     return cfg
 
 
-def read_keys(path):
+def read_keys(folder):
     """The keys of a run, from its config.json."""
-    found = read_json(path)["config"]
+    found = run_keys(folder)
     unknown = sorted(set(found) - {f.name for f in fields(Config)})
     if unknown:
-        raise InputError(f"{path}: unknown key {unknown[0]}")
+        raise InputError(f"{folder / 'config.json'}: unknown key {unknown[0]}")
     return {key: value for key, value in found.items() if key not in ("resume", "allow_changes", "dry_run")}
 
 
@@ -291,8 +309,11 @@ def of_pass_1(given):
     experiment, since a learning rate or a number of steps that suit the one say nothing about the other; --model must
     then be given.
     """
-    pass1 = read_keys(Path(given["selection"]).parent.parent / "config.json")
-    kind = read_json(Path(given["selection"]) / "config.json").get("kind")
+    folder = Path(given["selection"])
+    if folder.parent.name != "selection":
+        raise InputError(f"--selection={folder}: must be a folder runs/<run>/selection/<name>, as select.py writes it")
+    pass1 = read_keys(folder.parent.parent)
+    kind = read_json(folder / "config.json").get("kind")
     inherited = {key: value for key, value in pass1.items() if key not in NEVER_INHERITED}
     other = given.get("model", pass1["model"])
     is_diffusion = [model.read_config(model.local_folder(m)).is_diffusion for m in (pass1["model"], other)]
@@ -323,7 +344,22 @@ def read_inputs(cfg):
     train_set, eval_set = load_data(cfg.data, tokenizer), load_data(cfg.eval_data, tokenizer)
     kind = "force" if shape.is_diffusion else "keep"
     selected = load_select().load_mask(cfg.selection, train_set, kind) if cfg.selection else None
-    return Run(cfg, device, Path("runs") / cfg.run, source, shape, tokenizer, train_set, eval_set, selected)
+    if cfg.record_every:
+        check_recording(cfg, shape, train_set, eval_set)
+    return Run(cfg, device, run_folder(cfg.run), source, shape, tokenizer, train_set, eval_set, selected)
+
+
+def check_recording(cfg, shape, train_set, eval_set):
+    """Raises InputError, now and not at step 0, for sampling keys that cannot work, or not with these problems."""
+    if eval_set and any(example["answer"] is None for example in eval_set.examples):
+        raise InputError(f"{cfg.eval_data}: not every example has an answer, so there is no accuracy to record")
+    parts = [part for part in (train_set, eval_set) if part]
+    prompts = [part.prompt(i).tolist() for part in parts for i in range(len(part))]
+    keys = {key: getattr(cfg, key) for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    if shape.is_diffusion:
+        diffusion.check_decoding(shape, prompts, keys | {key: getattr(cfg, key) for key in DECODING})
+    else:
+        model.check_sampling(shape, prompts, **keys)
 
 
 def load_data(folder, tokenizer):

@@ -303,6 +303,13 @@ def test_select_is_loaded_under_a_name_of_its_own():
     assert json.loads(json.dumps(sorted(f.name for f in dataclasses.fields(module.Config))))
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/x", "x/../../y", "x/.."])
+def test_a_run_lies_in_runs(name):
+    with pytest.raises(InputError, match="must be the name of a folder in runs/"):
+        config.run_folder(name)
+    assert config.run_folder("a/b") == Path("runs/a/b") and config.run_folder("..a") == Path("runs/..a")
+
+
 def test_a_config_json_that_is_no_runs(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(InputError, match="config.json: not a run's config.json"):

@@ -115,7 +115,8 @@ def test_an_interrupted_run_goes_on(here, monkeypatch):
         return step_of(cfg, student, optimizer, batches, step)
 
     monkeypatch.setattr(train, "train_step", interrupted)
-    train.main(run="stopped", **KEYS)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(run="stopped", **KEYS)
     assert (Path("runs/stopped/resume/000005").is_dir() and Path("runs/stopped/checkpoints/000005").is_dir())
     monkeypatch.undo()
     os.chdir(here)

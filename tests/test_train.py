@@ -455,7 +455,8 @@ def test_an_interrupt_lets_the_step_finish_saves_and_stops(here, monkeypatch, ca
         return step_of(cfg, student, optimizer, batches, step)
 
     monkeypatch.setattr(train, "train_step", interrupted)
-    train.main(run="stopped", **SHORT)
+    with pytest.raises(KeyboardInterrupt):  # a notebook's next cell, like a shell's &&, must not go on
+        train.main(run="stopped", **SHORT)
     assert [line["step"] for line in log("stopped")] == [1, 2]
     assert "stopped at step 2 of 4" in capsys.readouterr().out
     monkeypatch.undo()
@@ -490,11 +491,65 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
     (dict(micro_batch_size=0), "--micro_batch_size=0: must be at least 1"),
     (dict(learning_rate=1.0), "unknown key learning_rate"),
     (dict(selection="runs/x/selection/t3s"), "config.json: no such file"),
+    (dict(selection="elsewhere/t3s"), "--selection=elsewhere/t3s: must be a folder runs/<run>/selection/<name>"),
+    (dict(run="../out"), "--run=../out: must be the name of a folder in runs/"),
+    (dict(run="/out"), "--run=/out: must be"), (dict(run="."), "--run=.: must be"),
+    (dict(run="a/../../b"), "--run=a/../../b: must be"),
+    (dict(lr=-1.0), "--lr=-1.0: must be at least 0"),
+    (dict(beta1=2.0), "--beta1=2.0: must be at least 0 and less than 1"), (dict(beta2=1.0), "--beta2=1.0: must be"),
+    *((dict([(key, -1)]), f"--{key}=-1: must be at least 0")
+      for key in ("batch_size", "warmup_steps", "clip", "seed", "record_every", "save_every")),
+    (dict(device="foo"), "--device=foo: not on this machine"),
+    (dict(device="cuda:99"), "--device=cuda:99: not on this machine"),
+    (dict(record_every=1, temperature=-1.0), "temperature = -1.0: out of range"),
+    (dict(record_every=1, model="llada", block_length=3), "block_length = 3 does not divide"),
+    (dict(gpu_memory_gib=-1.0), "--gpu_memory_gib=-1.0: must be more than 0"),
 ])  # fmt: skip
 def test_bad_keys_leave_nothing_behind(here, keys, message):
     with pytest.raises(InputError, match=message) as error:
         train.main(**{"run": "bad", **SHORT, **keys})
     assert "\n" not in str(error.value) and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("spoil, message", [
+    ("truncated", "model.safetensors: not a complete safetensors file"),
+    ("missing", "no model.safetensors"),
+    ("shape", "has shape"),
+    ("outside", "which is not a plain file name"),
+])  # fmt: skip
+def test_weights_that_cannot_be_read_leave_nothing_behind(here, spoil, message):
+    """And so the same command works once the model is mended."""
+    shutil.copytree("data/toy-1/untrained", "broken")
+    path = Path("broken/model.safetensors")
+    if spoil == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif spoil == "shape":
+        stored = load_file(path)
+        save_file(stored | {"model.norm.weight": torch.ones(3)}, path, metadata={"format": "pt"})
+    else:
+        path.unlink()
+    if spoil == "outside":
+        write_json("broken/model.safetensors.index.json", {"weight_map": {"model.norm.weight": "../m.safetensors"}})
+    with pytest.raises(InputError, match=message):
+        train.main(run="a/b", **SHORT | dict(model="broken"))
+    assert not Path("runs").exists()
+    train.main(run="a/b", **SHORT | dict(steps=1))
+
+
+def test_of_two_processes_with_bad_weights_one_speaks_and_no_folder_is_left(here):
+    shutil.copytree("data/toy-1/untrained", "broken")
+    Path("broken/model.safetensors").unlink()
+    done = torchrun(2, run="x", **SHORT | dict(model="broken"))
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(said) == 1 and "no model.safetensors" in said[0], done.stderr
+    assert not Path("runs").exists()
+
+
+def test_a_run_config_that_is_none_is_named(here):
+    Path("runs/x").mkdir(parents=True)
+    write_json("runs/x/config.json", {"model_type": "qwen3"})
+    with pytest.raises(InputError, match="runs/x/config.json: not a run's config.json"):
+        train.main(run="x", resume=True)
 
 
 def test_an_existing_run_is_never_written_over(here):
@@ -532,4 +587,4 @@ def test_the_shell_gets_one_line_and_an_exit_code(here):
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words, *more], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert message in done.stderr
-    assert not Path("runs/x/checkpoints").exists()
+    assert not Path("runs").exists()
