@@ -2,6 +2,9 @@
 # PYTHON=python3.12 make demo picks another interpreter.
 PYTHON ?= python3
 
+# OpenMP's threads otherwise spin while they wait, which on cores busy with anything else costs many times the work
+export OMP_WAIT_POLICY ?= PASSIVE
+
 demo: .venv/ready
 	.venv/bin/python demo.py
 
@@ -23,6 +26,6 @@ bench: .venv/ready-dev
 	touch $@
 
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv
 
 .PHONY: demo test bench clean
