@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 import diffusion
-from config import InputError, command, run_keys, whole_file, write_json
+from config import InputError, command, run_folder, run_keys, whole_file, write_json
 from data import load as load_data
 from data import load_tokenizer, uniforms
 from model import Cache, check_sampling, load, local_folder, next_token
+from parallel import pick_device
 
 
 @dataclass
@@ -331,6 +332,7 @@ def main(**given):
     settings = {k: getattr(cfg, k) for k in SAMPLING}
     shown = [f"{k} {v}" for k, v in settings.items() if k not in DECODING or v != getattr(Config, k)]
     print(f"{cfg.data}: {len(indices)} problems, verifier {problems.meta['verifier']}, {', '.join(shown)}")
+    device = pick_device(cfg.device)
     for _, folder, _ in jobs:  # all before the first one writes
         if load_tokenizer(folder).hash != problems.meta["tokenizer_hash"]:
             raise InputError(f"{cfg.data}: made with another tokenizer than {folder} has; run data.py with that folder")
@@ -338,7 +340,6 @@ def main(**given):
     width = max(len(name) for name, _, _ in jobs)
     print(f"{'':{width}}  accuracy         pass@{cfg.samples:<3} truncated  unparsed   tokens  seconds")
     for name, folder, out in jobs:
-        device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
         student, started = load(folder, device, getattr(torch, cfg.dtype)), time.time()
         progress = status(name, len(indices) * cfg.samples)
         _, rows = evaluate(student, load_tokenizer(folder), problems, indices, progress=progress,
@@ -367,7 +368,7 @@ def resolve(given):
         raise InputError("nothing to evaluate: give --run or --model (--help lists the keys)")
     if names and not runs:
         raise InputError("--run=base needs another run beside it: base is the model that run started from")
-    trained = {name: run_keys(Path("runs") / name) for name in runs}
+    trained = {name: run_keys(run_folder(name)) for name in runs}
     if "base" in names and len({str(config["model"]) for config in trained.values()}) > 1:
         raise InputError("--run: these runs started from different models, so there is no one base; use --model=FOLDER")
     first = trained[runs[0]] if runs else {}

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import data
-from config import InputError, command, load_select, read_json, run_keys, whole_file
+from config import InputError, command, load_select, read_json, run_folder, run_keys, whole_file
 from model import local_folder
 
 
@@ -184,7 +184,7 @@ def main(**given):
     runs = [run for run in cfg.run.split(",") if run]
     if not runs:
         raise InputError("--run is missing (--help lists the keys)")
-    home = Path("runs") / runs[0]
+    home, *_ = map(run_folder, runs)
     selection = home / "selection" / cfg.selection
     if not (selection / "mask.npy").exists():
         raise InputError(f"{selection}: no such selection; run select.py --run={runs[0]} first, or name --selection=")

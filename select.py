@@ -31,7 +31,7 @@ if __name__ == "select":
 else:
     import numpy as np  # not for the importer above: numpy may be on its way to needing the real one
 
-    from config import InputError, command, read_json, run_keys, whole_folder, write_json
+    from config import InputError, command, read_json, run_folder, run_keys, whole_folder, write_json
 
 import os
 from collections import Counter
@@ -145,7 +145,7 @@ def load_trajectory(run):
     logprob (n_tokens,) float32, nan at prompts; correct (n_examples,); accuracy; step; sha256; tokenizer_hash.
     Raises InputError if there are none, or if they are not all about the same data.
     """
-    folder = Path("runs") / run / "trajectory"
+    folder = run_folder(run) / "trajectory"
     found = {}
     for path in sorted(folder.glob("[0-9]*.npz")):
         try:
@@ -168,6 +168,8 @@ def load_mask(folder, data, kind="keep"):
     """
     folder = Path(folder)
     made = read_json(folder / "config.json")
+    if "model_type" in made:  # RRT's
+        raise InputError(f"{folder}: a model folder, not a selection; go on from it with --model={folder}")
     if made.get("tokenizer_hash") != data.meta["tokenizer_hash"]:
         raise InputError(f"{folder}: this selection was made with another tokenizer than {data.folder}")
     if made.get("sha256") != data.sha256:
@@ -213,6 +215,27 @@ def tau_sweep(delta):
     return [{"tau": t, "anchors": float((delta > t).mean()), "yet_to_learn": float((delta < -t).mean())} for t in taus]
 
 
+def statistics(trajectory, tokenizer, ids, delta, picked, tau, spans):
+    """What stats.json says of a selection. ids, delta, picked: (n,), of every response token; spans as in choose.
+
+    accuracy and bottleneck_bootstrap are null where none was recorded (data without answers).
+    """
+    anchors, falling = delta > tau, delta < -tau
+    accuracy = {s: None if np.isnan(t["accuracy"]) else float(t["accuracy"]) for s, t in trajectory.items()}
+    stats = {
+        "response_tokens": len(picked), "selected": int(picked.sum()), "share": float(picked.mean()),
+        "anchors": float(anchors.mean()), "yet_to_learn": float(falling.mean()), "accuracy": accuracy,
+        "examples_without_any": int((np.add.reduceat(picked, spans[:, 0]) == 0).sum()),
+        "bottleneck_bootstrap": None if None in accuracy.values() else bootstrap_bottleneck(
+            {s: t["correct"] for s, t in trajectory.items()}),
+        "tau_sweep": tau_sweep(delta),
+    }  # fmt: skip
+    for key, chosen in (("anchor_tokens", anchors), ("yet_to_learn_tokens", falling)):
+        stats[key] = [{"token": tokenizer.decode([i]), "id": i, "count": n, "seen": seen, "mean_delta": mean}
+                      for i, n, seen, mean in token_table(ids, delta, chosen)]  # fmt: skip
+    return stats
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -229,11 +252,15 @@ def main(**given):
         raise InputError(f"--kind={cfg.kind}: must be keep or force")
     if cfg.tau < 0:
         raise InputError(f"--tau={cfg.tau}: must not be negative")
-    home = Path("runs") / cfg.run
+    if cfg.seed < 0:
+        raise InputError(f"--seed={cfg.seed}: must not be negative")
+    name, home = cfg.name or cfg.rule, run_folder(cfg.run)
+    if Path(name).name != name or name == "..":
+        raise InputError(f"--name={name}: must be a plain name, of a folder in {home / 'selection'}")
     trained = run_keys(home)
     trajectory = load_trajectory(cfg.run)
     step = pick_bottleneck(cfg, trajectory)
-    out = home / "selection" / (cfg.name or cfg.rule)
+    out = home / "selection" / name
     if cfg.rule == "rrt":
         checkpoints = sorted((home / "checkpoints").glob("[0-9]*"))
         low = home / "checkpoints" / f"{step:06d}"
@@ -259,19 +286,8 @@ def main(**given):
     mask = np.zeros(len(train_set.tokens), dtype=bool)
     mask[response] = picked
 
-    per_example = np.add.reduceat(picked, spans[:, 0])
-    ids, anchors, falling = train_set.tokens[response], delta > tau, delta < -tau
-    stats = {
-        "bottleneck_step": step, "tau": tau, "response_tokens": len(picked), "selected": int(picked.sum()),
-        "share": float(picked.mean()), "anchors": float(anchors.mean()), "yet_to_learn": float(falling.mean()),
-        "examples_without_any": int((per_example == 0).sum()),
-        "accuracy": {s: float(t["accuracy"]) for s, t in trajectory.items()},
-        "bottleneck_bootstrap": bootstrap_bottleneck({s: t["correct"] for s, t in trajectory.items()}),
-        "tau_sweep": tau_sweep(delta),
-    }  # fmt: skip
-    for key, chosen in (("anchor_tokens", anchors), ("yet_to_learn_tokens", falling)):
-        stats[key] = [{"token": tokenizer.decode([i]), "id": i, "count": n, "seen": seen, "mean_delta": mean}
-                      for i, n, seen, mean in token_table(ids, delta, chosen)]  # fmt: skip
+    stats = {"bottleneck_step": step, "tau": tau, **statistics(
+        trajectory, tokenizer, train_set.tokens[response], delta, picked, tau, spans)}  # fmt: skip
     with whole_folder(out) as aside:
         np.save(aside / "mask.npy", mask)
         write_json(aside / "stats.json", stats)
@@ -299,9 +315,12 @@ def pick_bottleneck(cfg, trajectory):
 
 def report(cfg, stats, out):
     step, accuracy, sure = stats["bottleneck_step"], stats["accuracy"], stats["bottleneck_bootstrap"]
-    print("train accuracy: " + ", ".join(f"{a:.3f} (step {s})" for s, a in accuracy.items()))
-    print(f"bottleneck: step {step}; among resampled examples the lowest in "
-          + ", ".join(f"{p:.0%} (step {s})" for s, p in sorted(sure.items(), key=lambda x: -x[1])[:3]))  # fmt: skip
+    if sure is None:
+        print(f"bottleneck: step {step}, as asked for; no accuracy was recorded (the data has no answers)")
+    else:
+        print("train accuracy: " + ", ".join(f"{a:.3f} (step {s})" for s, a in accuracy.items()))
+        print(f"bottleneck: step {step}; among resampled examples the lowest in "
+              + ", ".join(f"{p:.0%} (step {s})" for s, p in sorted(sure.items(), key=lambda x: -x[1])[:3]))  # fmt: skip
     print(f"anchors (delta > {stats['tau']:g}): {stats['anchors']:.1%}, yet-to-learn (delta < -{stats['tau']:g}): "
           f"{stats['yet_to_learn']:.1%} of {stats['response_tokens']:,} response tokens")  # fmt: skip
     for key in ("anchor_tokens", "yet_to_learn_tokens"):

@@ -498,6 +498,8 @@ def other_tokenizer(folder):
     (dict(run="sft,sft"), "sft is named twice"),
     (dict(run="sft", data="data/nothing"), "data/nothing: no such folder"),
     (dict(run="sft", dtype="int8"), "--dtype=int8"),
+    (dict(run="../sft"), "--run=../sft: must be the name of a folder in runs/"),
+    (dict(run="sft", device="foo"), "--device=foo: not on this machine"),
     (dict(run="sft", samples=0), "no problem, or no sample"),
     (dict(run="sft", limit=-20), "no problem, or no sample"),
     (dict(run="sft", temperature=-1.0), "temperature = -1.0: out of range"),

@@ -196,6 +196,7 @@ def damaged(path, text):
     (None, dict(run="nobody"), "runs/nobody/selection/t3s: no such selection; run select.py --run=nobody first"),
     (None, dict(run="sft", selection="inverse"), "no such selection"),
     (None, dict(run="sft,nobody"), "runs/nobody/log.jsonl: no such file; is nobody the name of a run?"),
+    (None, dict(run="sft,../sft"), "--run=../sft: must be the name of a folder in runs/"),
     (None, dict(run="sft", out="report.png"), "names the HTML file"),
     (lambda: damaged("runs/t3s/log.jsonl", '{"step": 1}\n'), dict(run="sft,t3s"), "nothing was recorded"),
     (lambda: damaged("runs/t3s/log.jsonl", '{"step": \n'), dict(run="sft,t3s"), "runs/t3s/log.jsonl: not JSON lines"),

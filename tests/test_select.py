@@ -192,6 +192,10 @@ def test_share_and_kind_and_bottleneck_keys(run):
     (dict(run="sft", bottleneck=3), "--bottleneck=3: recorded were 0, 2, 4"),
     (dict(run="sft", kind="force", tau=99.0), "selects no token at all; nothing written"),
     (dict(run="sft", rule="rrt"), "000002: this checkpoint was not kept"),
+    (dict(run="../sft"), "--run=../sft: must be the name of a folder in runs/"),
+    *((dict(run="sft", name=name), f"--name={name}: must be a plain name")
+      for name in (".", "..", "../x", "a/b", "/x")),
+    (dict(run="sft", rule="random", seed=-1), "--seed=-1: must not be negative"),
 ])  # fmt: skip
 def test_bad_keys(run, keys, message):
     with pytest.raises(InputError, match=message):
@@ -216,6 +220,18 @@ def test_bad_trajectories(run):
         path.unlink()
     with pytest.raises(InputError, match="no trajectory; run train.py --run=sft with --record_every"):
         select.main(run="sft")
+
+
+def test_without_answers_there_is_no_accuracy_in_the_statistics(run, capsys):
+    for step in (0, 2, 4):
+        logprob = np.load(f"runs/sft/trajectory/{step:06d}.npz")["logprob"]
+        write_step(run, step, logprob, np.full(6, np.nan))
+    out = select.main(run="sft", bottleneck=2, show=0)
+    stats = read_json(out / "stats.json")
+    assert stats["accuracy"] == {"0": None, "2": None, "4": None} and stats["bottleneck_bootstrap"] is None
+    assert "NaN" not in (out / "stats.json").read_text()
+    text = capsys.readouterr().out
+    assert "bottleneck: step 2, as asked for; no accuracy was recorded" in text and "nan" not in text
 
 
 def test_masks_that_do_not_belong_are_refused(run):
@@ -259,6 +275,8 @@ def test_rrt_is_the_sum_of_three_models(run):
         exact = folders[1][name].double() + folders[3][name].double() - folders[2][name].double()
         assert (tensor.double() - exact).abs().max() < 1e-7
     assert data.load_tokenizer(out).hash == run.meta["tokenizer_hash"]
+    with pytest.raises(InputError, match="rrt: a model folder, not a selection; go on from it with --model=runs/sft"):
+        select.load_mask(out, run)
 
 
 def test_colours_on_a_terminal_only(run, monkeypatch):
