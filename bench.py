@@ -46,7 +46,7 @@ from parallel import parallelize
 
 @dataclass
 class Config:
-    what: str = "parity,train,generate,loss,moe,compile,packing,recording,checkpoint,masked,blocks,threshold"
+    what: str = "parity,train,generate,loss,moe,compile,packing,recording,checkpoint,masked,blocks,threshold"  # parts
     model: str = ""  # a Hugging Face folder or hub id; default: random weights of SmolLM2-135M's shape
     data: str = ""  # a jsonl file for data.py, with --model; default: random ids, as many as GSM8K's lines have
     threads: int = 2  # of the CPU

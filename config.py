@@ -110,8 +110,11 @@ def whole_file(path):
 
 
 @contextmanager
-def whole_folder(path):
+def whole_folder(path, sign="*"):
     """The same for a folder. What stood at `path` before is replaced, and only once the new one is complete.
+
+    sign: a file name, or pattern, by which a folder is known to be an older one of the kind that is written here. What
+    is not empty and has no such file is somebody's: InputError.
 
     No system call that Python has swaps two folders, so there is a moment in which the old one is aside and the new
     one not yet in place. A process killed right then leaves the old one beside, as .<name>.<pid>.old; the next
@@ -120,6 +123,8 @@ def whole_folder(path):
     path = Path(path).resolve()  # of a link, replace what it leads to
     if path.exists() and (not path.is_dir() or Path.cwd().is_relative_to(path)):
         raise InputError(f"{path}: a folder will be written here, and it cannot replace what there is; name another")
+    if path.is_dir() and any(path.iterdir()) and not any(path.glob(sign)):
+        raise InputError(f"{path}: holds other things (no {sign}), which would be lost; name another folder")
     aside = _aside(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
         if path.exists():

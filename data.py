@@ -119,6 +119,9 @@ class Tokenizer:
                 self.splits += [GPT2_SPLIT] if step.get("use_regex", True) else []
             else:
                 raise InputError(f"{path}: pre-tokenizer {step} is not supported")
+        if hexadecimal := [split for split in self.splits if re.search(r"(?<!\\)(?:\\\\)*\\[hH]", split)]:
+            # a hexadecimal digit to Hugging Face, a blank to Python's regex
+            raise InputError(f"{path}: the pattern {hexadecimal[0]!r} has a \\h; that is not supported")
         self.compiled = [regex.compile(split, regex.V1) for split in self.splits]
         if empty := [split.pattern for split in self.compiled if split.fullmatch("")]:
             raise InputError(f"{path}: the pattern {empty[0]!r} also matches an empty text; that is not supported")
@@ -130,6 +133,9 @@ class Tokenizer:
             raise InputError(f"{path}: only byte-level BPE is supported (no SentencePiece, no byte_fallback)")
         if bpe.get("dropout"):
             raise InputError(f"{path}: BPE dropout is not supported")
+        ids = list(bpe["vocab"].values())
+        if not ids or min(ids) < 0 or len(set(ids)) < len(ids):
+            raise InputError(f"{path}: the vocabulary is empty, or has a negative id, or one id twice")
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
         if bad := [pair for pair in merges if len(pair) != 2 or "".join(pair) not in bpe["vocab"]]:
             raise InputError(f"{path}: the merge {bad[0]} makes no token of the vocabulary")
@@ -370,6 +376,10 @@ def _sha256_json(*values):
 def _named_tokens(path):
     """{"eos_token": "...", ...} of special_tokens_map.json or tokenizer_config.json, if it exists."""
     found = read_json(path) if path.exists() else {}
+    for key, value in found.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(value, dict | str) and not isinstance(text, str):
+            raise InputError(f'{path}: {key} is neither a text nor an object with a "content" that is one')
     return {key: value["content"] if isinstance(value, dict) else value for key, value in found.items()
             if key.endswith("_token") and isinstance(value, dict | str)}  # fmt: skip
 
@@ -491,12 +501,10 @@ def main(**given):
     if not Path(cfg.source).is_file():
         what = "a folder, not a jsonl file" if Path(cfg.source).is_dir() else "no such file"
         raise InputError(f"{cfg.source}: {what}")
-    if Path(cfg.out).is_dir() and any(Path(cfg.out).iterdir()) and not Path(cfg.out, "meta.json").exists():
-        raise InputError(f"{cfg.out}: holds other things than data.py's; give --out another name")
     tokenizer = load_tokenizer(local_folder(cfg.tokenizer))
     if tokenizer.end_of_turn_id is None:
         raise InputError(f"{cfg.tokenizer}: tokenizer_config.json names no eos_token, so no answer would ever end")
-    with whole_folder(cfg.out) as out:
+    with whole_folder(cfg.out, "meta.json") as out:
         meta = write_arrays(cfg, tokenizer, out)
         write_json(out / "meta.json", meta | _hashes(out))
     made = load(cfg.out)

@@ -3,10 +3,11 @@
     python train.py --model=FOLDER --dry_run=true --gpus=8 --dtype=bfloat16 --max_row_tokens=16384
     python train.py --model=FOLDER --dry_run=true --data=D --checkpoint_activations=true --gpu_memory_gib=141
 
-FOLDER needs a config.json and no weights. The length of a row is --max_row_tokens, or that of the longest example of
---data. Shapes are the model's own: it is built, and one of its blocks is run, on the meta device, where tensors have
-shapes and no memory, and what autograd keeps is counted. Not counted: CUDA's context, NCCL's buffers and what the
-allocator loses to fragmentation; a tenth of the memory is left for them. docs/SCALE.md has the figures for real models.
+FOLDER needs a config.json and no weights; of a hub id only that is fetched. The length of a row is --max_row_tokens,
+or that of the longest example of --data. Shapes are the model's own: it is built, and one of its blocks is run, on the
+meta device, where tensors have shapes and no memory, and what autograd keeps is counted. Not counted: CUDA's context,
+NCCL's buffers and what the allocator loses to fragmentation; a tenth of the memory is left for them. docs/SCALE.md has
+the figures for real models.
 """
 
 import math
@@ -37,7 +38,7 @@ def mfu(cfg, device, flops, seconds):
 
 def dry_run(cfg):
     """Print the plan of a run -> its figures, {name: bytes per process} and "fits", the largest micro_batch_size."""
-    shape = model.read_config(cfg.model)
+    shape = model.read_config(model.local_folder(cfg.model, weights=False))
     length = cfg.max_row_tokens
     if not length and cfg.data:
         spans = data.load(cfg.data).spans

@@ -96,12 +96,16 @@ def read_config(folder):
         config = _read_llada(raw) if family == "llada" else _read_llama_like(raw, family)
     except KeyError as missing:
         raise InputError(f"{path}: the key {missing} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{path}: a value of the wrong type ({error})") from None
     for key, kind in Config.__annotations__.items():
         value = getattr(config, key)
         if kind in (int, float) and not isinstance(value, (int, float)):
             raise InputError(f"{path}: {key} is {value!r}: a value of the wrong type")
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim"):  # fmt: skip
+        if getattr(config, key) < 1:
+            raise InputError(f"{path}: {key} is {getattr(config, key)}; must be at least 1")
     config.raw = raw
     generation = Path(folder) / "generation_config.json"  # chat models list more ends there than in config.json
     more = read_json(generation).get("eos_token_id") if generation.exists() else None
@@ -385,7 +389,8 @@ class Router(nn.Module):
 
     def forward(self, x):
         c = self.config
-        with torch.autocast(x.device.type, enabled=False):
+        # the meta device, on which memory.py runs this, has no autocast
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # (N, E)
         if not c.sigmoid_router:
             weights, experts = logits.softmax(-1).topk(c.num_experts_per_tok, dim=-1)
@@ -685,10 +690,11 @@ def disk_pieces(config, name):
     return [(name, None, None)]
 
 
-def local_folder(path_or_repo_id):
+def local_folder(path_or_repo_id, weights=True):
     """A folder as it is; anything else is a repository on the Hugging Face hub, fetched into (or found in) its cache.
 
-    Only *.json, *.safetensors and tokenizer files are fetched: no code, no pickles. HF_HUB_OFFLINE=1 is honoured.
+    Only *.json, *.safetensors and tokenizer files are fetched: no code, no pickles; without `weights` only what
+    read_config reads. HF_HUB_OFFLINE=1 is honoured.
     """
     if os.path.isdir(path_or_repo_id):
         return Path(path_or_repo_id)
@@ -696,6 +702,7 @@ def local_folder(path_or_repo_id):
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
+        patterns = patterns if weights else ["config.json", "generation_config.json"]
         return Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
     except Exception as error:  # the hub's many errors (no such name, offline, no access) mean one thing here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -843,7 +850,7 @@ def save(model, tokenizer_or_source_folder, out_folder, max_shard_bytes=5 * 10**
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]  # fmt: skip
     file_of = {disk_name: file for file, names in zip(files, shards, strict=True) for disk_name in names}
 
-    with whole_folder(out_folder) if writes else nullcontext() as out:
+    with whole_folder(out_folder, "*.safetensors") if writes else nullcontext() as out:
         parts, ready = {}, {file: {} for file in files}
         for name, parameter in stored:
             tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()

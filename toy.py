@@ -205,7 +205,7 @@ def write_world(cfg, out):
             seen.add(problem)
             problems["unseen"].append(problem)
     wanted = ["pretrain"] * cfg.pretrain + ["pretrain-diffusion"] * cfg.diffusion + ["teacher", "unseen"]
-    with whole_folder(out) as folder:
+    with whole_folder(out, "untrained") as folder:
         write_student(folder / "untrained", cfg.seed)
         for name in wanted:
             trace = student_trace if name.startswith("pretrain") else teacher_trace

@@ -240,6 +240,19 @@ def test_what_is_no_folder_and_where_we_stand_is_never_replaced(tmp_path, monkey
     assert (tmp_path / "file").read_text() == "mine" and names(tmp_path / "home") == ["work"]
 
 
+def test_a_folder_without_the_sign_is_somebodys(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    for _ in range(2):  # empty, then with the sign
+        with whole_folder(home, "*.sign") as aside:
+            (aside / "a.sign").touch()
+    (home / "a.sign").rename(home / "a")
+    with pytest.raises(InputError, match="home: holds other things .no .*sign., which would be lost"):
+        with whole_folder(home, "*.sign"):
+            raise AssertionError("the block must not begin")
+    assert names(home) == ["a"] and names(tmp_path) == ["home"]
+
+
 def test_of_a_link_the_folder_behind_it_is_replaced(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "old").touch()

@@ -409,6 +409,9 @@ def sequence(*steps):
     (changed(model__merges=["a"]), "the merge ('a',) makes no token"),
     (changed(model__merges=[["a", "b", ""]]), "makes no token"),
     (changed(model__merges=[3]), "not a byte-level BPE tokenizer.json"),
+    (changed(model__vocab={}, model__merges=[], added_tokens=[]), "the vocabulary is empty"),
+    (changed(model__vocab={"a": 0, "b": 0}, model__merges=[], added_tokens=[]), "or one id twice"),
+    (changed(model__vocab={"a": 0, "b": -1}, model__merges=[], added_tokens=[]), "has a negative id"),
     (changed(model__vocab=None), "not a byte-level BPE tokenizer.json"),
     (changed(model=None), "not a byte-level BPE tokenizer.json"),
     (changed(pre_tokenizer=None), "the pre-tokenizer does not end in ByteLevel"),
@@ -422,6 +425,7 @@ def sequence(*steps):
     (changed(pre_tokenizer=sequence(split("x", invert=True), BARE)), "pre-tokenizer {'type': 'Split'"),
     (changed(pre_tokenizer=sequence(split("(x"), BARE)), "not a byte-level BPE tokenizer.json"),
     (changed(pre_tokenizer=sequence(split("x*"), BARE)), "the pattern 'x*' also matches an empty text"),
+    (changed(pre_tokenizer=sequence(split(r"\h+|\H"), BYTE_LEVEL)), r"the pattern '\\h+|\\H' has a \h"),
     (changed(pre_tokenizer={"kind": "ByteLevel"}), "not a byte-level BPE tokenizer.json"),
     (changed(normalizer={"type": "NFKC"}), "normalizer NFKC is not supported, only NFC"),
     (changed(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}),
@@ -445,8 +449,10 @@ def test_refused(tmp_path, made, says):
 
 
 def test_no_tokenizer_at_all(tmp_path):
-    with pytest.raises(InputError, match="tokenizer.json: no such file"):
-        data.load_tokenizer(tmp_path)
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(InputError, match="tokenizer.json: no such file"):
+            data.load_tokenizer(path)
 
 
 def test_named_tokens(tmp_path):
@@ -456,6 +462,19 @@ def test_named_tokens(tmp_path):
     ours = data.load_tokenizer(tmp_path)
     named = (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id, ours.mask_token_id)
     assert named == (256, 257, None, None) and ours.vocab_size == 259 and ours.special_ids == {256, 257, 258}
+
+
+@pytest.mark.parametrize("token", [{"a": 1}, {"content": [1]}])
+def test_a_named_token_that_is_no_text(tmp_path, token):
+    write_json(tmp_path / "tokenizer.json", spec([*BYTES]))
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": token})
+    with pytest.raises(InputError, match="tokenizer_config.json: bos_token is neither a text nor an object with"):
+        data.load_tokenizer(tmp_path)
+
+
+def test_a_backslash_before_an_h_is_no_hexadecimal_digit(tmp_path):
+    ours, theirs = both(tmp_path, spec(BYTES, steps=[split(r"\\h"), BARE]))
+    assert ours.encode("a\\h b") == theirs.encode("a\\h b").ids
 
 
 def test_bos_without_a_template_is_what_tokenizer_json_says(tmp_path):
@@ -896,7 +915,7 @@ def test_the_verifier_of_gsm8k_lines_is_gsm8ks(here):
     ({"source": "absent.jsonl"}, "absent.jsonl: no such file"),
     ({"source": "student"}, "student: a folder, not a jsonl"),
     ({"verifier": "mine"}, "--verifier=mine: must be one of boxed, gsm8k"), ({"max_tokens": -1}, "--max_tokens=-1"),
-    ({"out": "student"}, "student: holds other things than data.py's"), ({"out": "."}, "holds other things"),
+    ({"out": "student"}, "student: holds other things (no meta.json)"), ({"out": "."}, "it cannot replace"),
     ({"out": "in.jsonl"}, "in.jsonl: a folder will be written here"), ({"tokenizer": "endless"}, "names no eos_token"),
     ({"out": "in.jsonl/x"}, "cannot be written"),
 ])  # fmt: skip

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import faults
+import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
@@ -106,7 +107,7 @@ def test_the_batch_that_fits_fits_and_one_more_does_not(here, capsys):
     assert memory.dry_run(train.Config(model="llada", max_row_tokens=100, gpu_memory_gib=0.1))["fits"] == 0
 
 
-def test_it_needs_no_weights_and_says_what_it_lacks(here):
+def test_it_needs_no_weights_and_says_what_it_lacks(here, monkeypatch):
     Path("bare").mkdir()
     Path("bare/config.json").write_bytes(Path("llada2/config.json").read_bytes())
     with pytest.raises(InputError, match="how long is a row"):
@@ -117,8 +118,25 @@ def test_it_needs_no_weights_and_says_what_it_lacks(here):
     assert a == b and not Path("runs").exists()
     with pytest.raises(InputError, match="--model is missing"):
         train.main(dry_run=True)
-    with pytest.raises(InputError, match="config.json: no such file"):
-        train.main(model="nowhere", dry_run=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *given, **keys: 1 / 0)
+    with pytest.raises(InputError, match="llada/nothing: neither a folder nor a hub repository"):
+        train.main(model="llada/nothing", dry_run=True)
+    for size in (-1.0, 0.0):
+        with pytest.raises(InputError, match=f"--gpu_memory_gib={size}: must be more than 0"):
+            train.main(model="bare", dry_run=True, max_row_tokens=8, gpu_memory_gib=size)
+
+
+def test_of_a_hub_model_only_its_config_is_fetched(here, monkeypatch):
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return "llada2"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    hub = train.main(model="org/name", dry_run=True, max_row_tokens=50)
+    assert asked == [("org/name", ["config.json", "generation_config.json"])]
+    assert hub == train.main(model="llada2", dry_run=True, max_row_tokens=50)
 
 
 def test_mfu_is_that_of_known_gpus_only(monkeypatch):

@@ -419,6 +419,14 @@ def test_save_copies_the_tokenizer_and_nothing_else(twin, copy, tmp_path):
     same_tensors(tensors(out), tensors(source))
 
 
+def test_save_erases_nothing_but_an_older_model(twin, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text("{}")
+    with pytest.raises(InputError, match="mine: holds other things .*; name another folder"):
+        model.save(model.load(twin("qwen3")[0]), twin("qwen3")[0], tmp_path / "mine")
+    assert (tmp_path / "mine/config.json").read_text() == "{}" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_save_that_fails_midway_leaves_the_old_folder(twin, tmp_path, monkeypatch):
     folder, out = twin("qwen3")[0], tmp_path / "out"
     student = model.load(folder)
@@ -635,6 +643,8 @@ def test_tensors_that_do_not_fit(copy, change, words):
         ('{"model_type": "mamba"}', ("mamba", "not supported")),
         ('{"hidden_size": 4}', ("model_type",)),
         (dict(hidden_size=None), ("wrong type",)),
+        (dict(num_attention_heads=0, head_dim=None), ("num_attention_heads",)),
+        *[({key: -4}, (f"{key} is -4", "at least 1")) for key in ("hidden_size", "num_attention_heads", "vocab_size")],
         (dict(hidden_act="gelu"), ("gelu",)),
         (dict(rope_parameters=dict(rope_type="longrope", rope_theta=1.0)), ("longrope",)),
         (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1.0)), ("yarn", "factor")),

@@ -190,6 +190,17 @@ def test_the_world_is_a_function_of_its_seed(world, tmp_path, monkeypatch):
     assert not Path("same/pretrain.jsonl").exists()  # only the students need it
 
 
+def test_a_folder_that_holds_other_things_is_not_erased(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years")
+    with pytest.raises(InputError, match="mine: holds other things"):
+        toy.main(out="mine", teacher_problems=2, unseen_problems=2, pretrain_steps=1)
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
+    for _ in range(2):  # its own is replaced
+        toy.main(out="world", teacher_problems=2, unseen_problems=2, pretrain_steps=1)
+
+
 def test_unseen_problems_are_in_no_other_file(tmp_path):
     cfg = toy.Config(seed=3, pretrain=True, pretrain_steps=20, teacher_problems=100, unseen_problems=200)
     toy.write_world(cfg, tmp_path / "world")
