@@ -44,7 +44,7 @@ def parse(cls, argv=None):
             raise InputError(f"cannot read {word!r}: every argument is --key=value (--help lists the keys)")
         key, text = match.groups()
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean --{near[0]}?" if near else ""
             raise InputError(f"unknown key --{key}{hint} (--help lists the keys)")
         given[key] = _typed(key, text, fields[key].type)

@@ -46,6 +46,7 @@ def test_values_get_the_type_of_their_key_and_only_given_keys_come_back():
 
 @pytest.mark.parametrize("word, says", [
     ("--step=3", "unknown key --step; did you mean --steps?"),
+    ("--learning_rate=3", "unknown key --learning_rate (--help lists the keys)"),  # near to none
     ("--recordevery=3", "unknown key --recordevery; did you mean --record_every?"),
     ("--zzz=3", "unknown key --zzz (--help"),
     ("--steps=many", "--steps=many: the value must be a whole number"),
@@ -132,6 +133,21 @@ def test_errors_become_one_line_and_an_exit_code(capsys, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole or absent
+
+
+def test_under_torchrun_the_others_let_process_0_speak_first(capsys, monkeypatch):
+    def fail(**given):
+        raise InputError("no such thing")
+
+    waited = []
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(config.time, "sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        with pytest.raises(SystemExit) as stop:
+            config.command(fail, Keys)
+        assert stop.value.code == 1 and capsys.readouterr().err == "error: no such thing\n"
+    assert waited == [(10, "")]
 
 
 def names(folder):
