@@ -19,6 +19,7 @@ import torch
 from config import InputError, command
 from data import load_tokenizer, uniforms
 from model import Cache, check_sampling, load, local_folder, next_token, read_config
+from parallel import pick_device
 
 
 @dataclass
@@ -520,7 +521,7 @@ def main(**given):
         raise InputError(f"--dtype={cfg.dtype}: must be float32 or bfloat16")
     folder = local_folder(cfg.model)
     check_objective(read_config(folder))
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(cfg.device)
     tokenizer, student = load_tokenizer(folder), load(folder, device, getattr(torch, cfg.dtype))
     prompt = tokenizer.encode_prompt([{"role": "user", "content": cfg.prompt}])
     keys = {k: v for k, v in vars(cfg).items() if k not in ("model", "prompt", "device", "dtype", "max_new_tokens")}

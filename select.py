@@ -245,22 +245,10 @@ def main(**given):
     import data
     from model import local_folder
 
-    cfg = Config(**given)
-    if not cfg.run:
-        raise InputError("--run is missing (--help lists the keys)")
-    if cfg.kind not in ("keep", "force"):
-        raise InputError(f"--kind={cfg.kind}: must be keep or force")
-    if cfg.tau < 0:
-        raise InputError(f"--tau={cfg.tau}: must not be negative")
-    if cfg.seed < 0:
-        raise InputError(f"--seed={cfg.seed}: must not be negative")
-    name, home = cfg.name or cfg.rule, run_folder(cfg.run)
-    if Path(name).name != name or name == "..":
-        raise InputError(f"--name={name}: must be a plain name, of a folder in {home / 'selection'}")
+    cfg, home, out = resolve(given)
     trained = run_keys(home)
     trajectory = load_trajectory(cfg.run)
     step = pick_bottleneck(cfg, trajectory)
-    out = home / "selection" / name
     if cfg.rule == "rrt":
         checkpoints = sorted((home / "checkpoints").glob("[0-9]*"))
         low = home / "checkpoints" / f"{step:06d}"
@@ -300,6 +288,23 @@ def main(**given):
         a, b = spans[i]
         print(f"\nexample {train_set.examples[i]['id']}:\n{paint(tokenizer, train_set.response(i), picked[a:b])}")
     return out
+
+
+def resolve(given):
+    """The keys given -> Config, the folder of the run, the folder to write."""
+    cfg = Config(**given)
+    if not cfg.run:
+        raise InputError("--run is missing (--help lists the keys)")
+    if cfg.kind not in ("keep", "force"):
+        raise InputError(f"--kind={cfg.kind}: must be keep or force")
+    if cfg.tau < 0:
+        raise InputError(f"--tau={cfg.tau}: must not be negative")
+    if cfg.seed < 0:
+        raise InputError(f"--seed={cfg.seed}: must not be negative")
+    name, home = cfg.name or cfg.rule, run_folder(cfg.run)
+    if Path(name).name != name or name == "..":
+        raise InputError(f"--name={name}: must be a plain name, of a folder in {home / 'selection'}")
+    return cfg, home, home / "selection" / name
 
 
 def pick_bottleneck(cfg, trajectory):

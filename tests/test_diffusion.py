@@ -810,6 +810,7 @@ def test_the_command_draws_on_a_terminal(world):
 
 @pytest.mark.parametrize("argument, message", [
     ("--prompt=", "--prompt is missing"), ("--block_length=5", "does not divide"), ("--model=nowhere", "nowhere"),
+    ("--device=foo", "--device=foo: not on"),
     ("--dtype=float16", "float32 or bfloat16"), ("--max_new_tokens=1000", "context of 128"),
     ("--model=data/toy-1", "config.json"),
 ])  # fmt: skip
