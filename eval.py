@@ -28,7 +28,7 @@ from config import InputError, command, run_folder, run_keys, whole_file, write_
 from data import load as load_data
 from data import load_tokenizer, uniforms
 from model import Cache, check_sampling, load, local_folder, next_token
-from parallel import pick_device
+from parallel import gather, in_step, pick_device, rank, world_size
 
 
 @dataclass
@@ -253,7 +253,8 @@ def evaluate(model, tokenizer, data, indices=None, samples=1, progress=None, **s
 
     indices: which problems, default all. sampling: the keywords of `sample`. Accuracy is the mean over all answers.
     rows, samples of a problem side by side: {"id", "sample", "response", "extracted", "answer", "correct",
-    "truncated", "n_tokens"}. Raises InputError for a problem without an answer.
+    "truncated", "n_tokens"}. Of several processes each writes its share of the answers, and all return all of them.
+    Raises InputError for a problem without an answer.
     """
     indices = range(len(data)) if indices is None else [int(i) for i in indices]
     asked = [(i, s) for i in indices for s in range(samples)]
@@ -262,20 +263,25 @@ def evaluate(model, tokenizer, data, indices=None, samples=1, progress=None, **s
     for i in indices:
         if data.examples[i].get("answer") is None:
             raise InputError(f"example {data.examples[i]['id']} has no answer: accuracy needs one for every problem")
-    texts = sample(
-        model, [data.prompt(i).tolist() for i, _ in asked], progress=progress,
-        example_ids=[f"{data.examples[i]['id']} {s}" for i, s in asked],
-        eos_ids={*model.config.eos_token_ids, tokenizer.eos_token_id, tokenizer.end_of_turn_id},
-        vocab_size=tokenizer.vocab_size, **sampling,
-    )  # fmt: skip
+    mine = asked[rank() :: world_size()]
+    with in_step(model):
+        texts = sample(
+            model, [data.prompt(i).tolist() for i, _ in mine],
+            example_ids=[f"{data.examples[i]['id']} {s}" for i, s in mine],
+            eos_ids={*model.config.eos_token_ids, tokenizer.eos_token_id, tokenizer.end_of_turn_id},
+            progress=progress and (lambda done: progress(min(done * world_size(), len(asked)))),
+            vocab_size=tokenizer.vocab_size, **sampling,
+        )  # fmt: skip
     rows, verifier = [], data.meta["verifier"]
-    for (i, s), ids in zip(asked, texts, strict=True):
+    for (i, s), ids in zip(mine, texts, strict=True):
         response, answer = tokenizer.decode(ids), data.examples[i]["answer"]
         rows.append({
             "id": data.examples[i]["id"], "sample": s, "response": response, "extracted": extract(response, verifier),
             "answer": answer, "correct": grade(response, answer, verifier),
             "truncated": len(ids) == sampling["max_new_tokens"], "n_tokens": len(ids),
         })  # fmt: skip
+    parts = gather(rows)
+    rows = [parts[n % len(parts)][n // len(parts)] for n in range(len(asked))]
     return float(np.mean([row["correct"] for row in rows])), rows
 
 

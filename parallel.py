@@ -9,6 +9,7 @@ is torch.distributed's, nothing is home-made. Next: resume.py.
 
 import os
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -103,6 +104,31 @@ def gather(value):
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def in_step(student):
+    """In this block each process may call `student` as often as its own work takes.
+
+    A forward pass of a sharded student needs every process. So each pass begins with a word to the others, and who has
+    finished takes part in theirs, on one token for nobody, until all have.
+    """
+    if world_size() == 1:
+        yield
+        return
+    device = next(student.parameters()).device
+
+    def tell(*_):
+        all_reduce(1, device)
+
+    hook = student.register_forward_pre_hook(tell, prepend=True)  # before FSDP's own, which already gathers weights
+    try:
+        yield
+    finally:
+        hook.remove()
+    with torch.no_grad():
+        while all_reduce(0, device):
+            student(torch.zeros(1, 1, dtype=torch.int64, device=device))
 
 
 def decide(what):

@@ -399,6 +399,36 @@ def test_n_processes_do_what_one_does(here, n):
         assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in a), name
 
 
+def test_two_processes_share_the_answers_of_one_evaluation(here):
+    """Of answers of uneven length, and of a single one, so that the second process has none to write."""
+    students = [str(ROOT / "students" / name) for name in ("toy-1", "toy-diffusion-1")]
+    Path("answers.py").write_text(
+        "import json, sys\nsys.path.insert(0, sys.argv[1])\n"
+        "import data, eval as evaluation, model, parallel, torch, train\n"
+        "def answers(folder, indices):\n"
+        "    cfg = train.Config(device='cpu')\n"
+        "    device = train.start_processes(cfg)\n"
+        "    student = model.load(folder, device, shard=lambda m: train.parallelize(cfg, m, device))\n"
+        "    tokenizer, problems = data.load_tokenizer(folder), data.load('data/toy-1/teacher')\n"
+        "    return evaluation.evaluate(student, tokenizer, problems, indices, samples=2, temperature=1.0,\n"
+        "                               max_new_tokens=40, batch_size=3)\n"
+        "found = [answers(folder, indices) for folder in sys.argv[2:] for indices in (None, [0])]\n"
+        "with open(f'answers-{parallel.world_size()}-{parallel.rank()}.json', 'w') as file: json.dump(found, file)\n"
+        "train.parallel.end_processes()\n")  # fmt: skip
+    done = torchrun(2, script="answers.py", words=[str(ROOT), *students])
+    assert done.returncode == 0, done.stderr
+    alone = subprocess.run([sys.executable, "answers.py", str(ROOT), *students], capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr
+    one, first, second = (read_list(f"answers-{name}.json") for name in ("1-0", "2-0", "2-1"))
+    assert one == first == second
+    assert len(one[0][1]) == 2 * N and len({row["n_tokens"] for row in one[0][1]}) > 1
+    assert len(one[1][1]) == 2 and any(row["correct"] for _, rows in one for row in rows)
+
+
+def read_list(path):
+    return json.loads(Path(path).read_text())
+
+
 def test_nan_on_one_of_two_processes_stops_both_with_one_message(here):
     """A gradient is poisoned on process 1 in update 2: nobody updates, nobody hangs, one line names the examples."""
     Path("nan.py").write_text(f"""
