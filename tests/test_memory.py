@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 import data
@@ -53,6 +54,8 @@ def kept_bytes(function, without):
 @pytest.mark.parametrize("student", ["data/toy-1/untrained", "qwen3_moe", "llada", "llada2"])
 def test_what_a_block_keeps_is_counted_to_the_byte(here, student, dtype):
     shape, T = model.read_config(student), 40
+    if shape.num_experts and not hasattr(F, "grouped_mm"):
+        pytest.skip("counts the grouped products of torch 2.10 and later")
     real = model.load(student, dtype=getattr(torch, dtype))
     x = torch.randn(1, T, shape.hidden_size, dtype=getattr(torch, dtype), requires_grad=True)
     cos, sin = torch.randn(2, 1, 1, T, int(shape.head_dim * shape.partial_rotary_factor))

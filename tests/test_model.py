@@ -229,7 +229,8 @@ def test_cache_equals_no_cache_with_right_padded_prompts(twin, name):
 def test_compiled_block_equals_eager(twin, name):
     """One graph without breaks, forward and backward (a compiler behind it would take half a minute here)."""
     eager, compiled = (model.load(twin(name)[0]) for _ in range(2))
-    compiled.model.layers[0].compile(backend="aot_eager", fullgraph=True)
+    whole = name != "qwen3-moe" or hasattr(F, "grouped_mm")  # torch 2.9's loop over the experts breaks the graph
+    compiled.model.layers[0].compile(backend="aot_eager", fullgraph=whole)
     ids = some_ids()
     outputs = [student(ids, targets=ids) for student in (eager, compiled)]
     close(outputs[1], outputs[0])
@@ -243,7 +244,7 @@ def test_experts_without_grouped_mm(twin, monkeypatch):
     """torch 2.9 has no F.grouped_mm."""
     student, ids = model.load(twin("qwen3-moe")[0]), some_ids()
     expected = student(ids)
-    monkeypatch.delattr(F, "grouped_mm")
+    monkeypatch.delattr(F, "grouped_mm", raising=False)
     close(student(ids), expected)
 
 
