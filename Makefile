@@ -2,8 +2,8 @@
 # PYTHON=python3.12 make demo picks another interpreter.
 PYTHON ?= python3
 
-# OpenMP's threads otherwise spin while they wait, which on cores busy with anything else costs many times the work
-export OMP_WAIT_POLICY ?= PASSIVE
+# OpenMP's threads otherwise spin long while they wait, which on cores busy with anything else costs many times the work
+export GOMP_SPINCOUNT ?= 5000
 
 demo: .venv/ready
 	.venv/bin/python demo.py
