@@ -10,8 +10,8 @@ torch.distributed.checkpoint writes and reads the tensors and cuts them anew for
 safetensors, so nothing is unpickled. A state is written aside, flushed, listed in its manifest and only then gets its
 name; older ones go after that. Nothing random is stored: the order of examples, the noise and the sampling are pure
 functions of (seed, step, example). What the log, trajectory/ and checkpoints/ hold beyond the state is forgotten and
-done again, so that a resumed run is the uninterrupted one: bit for bit on as many CPU processes (torch 2.9.1 needs
-OMP_NUM_THREADS=1 for that: with two threads its products differ from run to run). Next: select.py.
+done again, so that a resumed run is the uninterrupted one: bit for bit on as many CPU processes and threads.
+Next: select.py.
 """
 
 import fcntl

@@ -45,6 +45,10 @@ KEYS = dict(model="data/toy-1/untrained", data="data/toy-1/teacher", eval_data="
             batch_size=4, micro_batch_size=2, lr=1e-3, weight_decay=0.1, record_every=3, save_every=4, resume_every=2,
             max_new_tokens=8, device="cpu")  # fmt: skip
 
+# One thread for all that is compared or forked here: sums over several threads are rounded otherwise than over one, and
+# OpenMP's threads do not survive a fork.
+torch.set_num_threads(1)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A small world, with a diffusion student of each family
@@ -102,7 +106,6 @@ def child(keys, beacon, output):
     try:
         for number in (1, 2):
             os.dup2(output.fileno(), number)
-        torch.set_num_threads(1)
         for i, (module, name) in enumerate(PARTS.values()):
             setattr(module, name, counted(getattr(module, name), beacon, i))
         train.main(**keys)
