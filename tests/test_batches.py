@@ -1,7 +1,6 @@
 """batches.py: rows that hold what fits, and a loss that does not know of it."""
 
 import json
-import os
 from pathlib import Path
 
 import faults
@@ -14,23 +13,6 @@ import batches
 import data
 import model
 import train
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    before = os.getcwd()
-    os.chdir(folder)
-    faults.make_world()
-    os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def here(world, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for path in world.iterdir():
-        (tmp_path / path.name).symlink_to(path)
 
 
 def log(run):

@@ -1,9 +1,7 @@
 """memory.py: the dry run's bytes against what real tensors of a real step take, on small models."""
 
-import os
 from pathlib import Path
 
-import faults
 import huggingface_hub
 import pytest
 import torch
@@ -17,23 +15,6 @@ import model
 import parallel
 import train
 from config import InputError
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    before = os.getcwd()
-    os.chdir(folder)
-    faults.make_world()
-    os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def here(world, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for path in world.iterdir():
-        (tmp_path / path.name).symlink_to(path)
 
 
 def kept_bytes(function, without):
