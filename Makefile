@@ -13,7 +13,7 @@ test: .venv/ready-dev
 	.venv/bin/python -m pytest -q
 
 bench: .venv/ready-dev
-	.venv/bin/python bench.py
+	.venv/bin/python tests/bench.py
 
 # torch first and pinned: asked for by another package, pip may take a CUDA build of several GB instead
 .venv/ready: requirements.txt

@@ -13,9 +13,8 @@ import bisect
 import numpy as np
 import torch
 
-import data
 import diffusion
-from parallel import rank, world_size
+from plumbing.parallel import rank, world_size
 
 
 def micro_batches(run, step):
@@ -32,7 +31,7 @@ def micro_batches(run, step):
     flops      Transformer.flops of it, padding that nothing is to see left out
     """
     cfg, train_set = run.cfg, run.train_set
-    chosen = data.step_examples(len(train_set), cfg.batch_size, step, cfg.seed)
+    chosen = step_examples(len(train_set), cfg.batch_size, step, cfg.seed)
     length = train_set.spans[chosen, 2] - train_set.spans[chosen, 0]
     batches = []
     for rows in shares(run, chosen):
@@ -78,7 +77,7 @@ def next_token_batch(run, rows, keep=None):
         positions = torch.as_tensor(positions, device=run.device)
         attention = causal_within(torch.as_tensor(segments, device=run.device))
     else:
-        ids, targets = data.collate(run.train_set, examples, keep)  # (B, T) each
+        ids, targets = collate(run.train_set, examples, keep)  # (B, T) each
     return {
         "examples": examples, "weights": None, "positions": positions, "attention": attention,
         "ids": torch.as_tensor(ids, device=run.device), "targets": torch.as_tensor(targets, device=run.device),
@@ -122,7 +121,7 @@ def collate_rows(train_set, rows, mask=None):
     ids and targets are data.collate's of each example, side by side. The last token of an example has no target, so
     nothing is predicted across an edge. No rows give one row of padding.
     """
-    parts = [[data.collate(train_set, [i], mask) for i in row] for row in rows]
+    parts = [[collate(train_set, [i], mask) for i in row] for row in rows]
     length = max((sum(ids.shape[1] for ids, _ in row) for row in parts), default=1)
     ids = np.zeros((max(1, len(rows)), length), dtype=np.int64)
     targets, positions, segments = np.full_like(ids, -100), np.zeros_like(ids), np.full_like(ids, -1)
@@ -152,3 +151,34 @@ def causal_within(segments):
         return create_block_mask(visible, B, None, T, T, device=segments.device)
     same = segments[:, None, :, None] == segments[:, None, None, :]
     return same & torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+
+
+def step_examples(n, batch_size, step, seed):
+    """Which of n examples make optimizer step `step` (from 0): a pure function of its arguments.
+
+    Every epoch is a permutation of its own; a step may lie across two. batch_size 0, or n or more: all, every step.
+    """
+    if batch_size <= 0 or batch_size >= n:
+        return np.arange(n)
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = range(places[0] // n, places[-1] // n + 1)
+    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs])
+    return order[places - epochs[0] * n]
+
+
+def collate(data, indices, mask=None):
+    """Examples -> ids and targets, (B, T) int64 each, padded on the right with id 0 and target -100.
+
+    targets[:, i] is token i + 1 where that belongs to a response (and `mask`, bool (n_tokens,), keeps it), else -100.
+    No examples give one row without targets, so that a process without work can still take part.
+    """
+    spans = data.spans[indices]
+    length = int((spans[:, 2] - spans[:, 0]).max(initial=1))
+    ids = np.zeros((max(1, len(spans)), length), dtype=np.int64)
+    targets = np.full_like(ids, -100)
+    for row, (start, prompt_end, end) in enumerate(spans):
+        ids[row, : end - start] = data.tokens[start:end]
+        response = ids[row, prompt_end - start : end - start]
+        kept = response if mask is None else np.where(mask[prompt_end:end], response, -100)
+        targets[row, prompt_end - start - 1 : end - start - 1] = kept
+    return ids, targets

@@ -23,7 +23,8 @@ import eval as evaluation
 import report
 import toy
 import train
-from config import InputError, command, load_select, write_json
+from plumbing.config import InputError, command, load_select, write_json
+from plumbing.runs import records
 
 
 @dataclass
@@ -121,7 +122,7 @@ def world(cfg, seed):
 def trained(name, **keys):
     """Train a run -> its recorded accuracies on unseen problems."""
     run(train.main, "train.py", run=name, **keys)
-    return report.records(name)["eval_accuracy"]
+    return records(name)["eval_accuracy"]
 
 
 def note(table, name, accuracies):

@@ -16,208 +16,31 @@ V vocabulary, E experts, N rows of a flattened batch. Next: train.py.
 
 import functools
 import math
-import os
-import shutil
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path, PurePath
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from config import InputError, read_json, whole_folder, write_json
+from hf.families import local_folder, read_config
+from hf.weights import load_weights, save
+
+__all__ = ["Transformer", "load", "read_config", "save"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: config.json in its dialects -> one dataclass
 
 
-@dataclass
-class Config:
-    model_type: str
-    vocab_size: int  # rows of the embedding; a tokenizer may use fewer
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int  # Qwen3: not hidden_size / num_attention_heads
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict | None = None
-    max_position_embeddings: int = 0
-    partial_rotary_factor: float = 1.0  # LLaDA2 rotates the first half of every head only
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over D on queries and keys, before RoPE
-    attention: str = "causal"  # or "full" (LLaDA-8B), or "block": causal over blocks, full inside one (LLaDA2)
-    block_length: int = 32
-    bos_token_id: int | None = None
-    eos_token_ids: list = field(default_factory=list)
-    pad_token_id: int | None = None
-    mask_token_id: int | None = None
-    # mixture of experts
-    moe_layers: frozenset = frozenset()
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
-    num_shared_experts: int = 0
-    sigmoid_router: bool = False  # LLaDA2; Qwen3-MoE's is a softmax
-    norm_topk_prob: bool = True
-    n_group: int = 1
-    topk_group: int = 1
-    routed_scaling_factor: float = 1.0
-    raw: dict = field(default_factory=dict, repr=False)  # config.json as it was, for `save`
-
-    @property
-    def is_diffusion(self):
-        return self.attention != "causal"
 
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "llada", "llada2_moe")
-ROPE_KEYS = {"llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}  # each scaling's own
 
 
-def read_config(folder):
-    """`folder`/config.json -> Config. Raises InputError for a family or a feature that this file does not compute."""
-    path = Path(folder) / "config.json"
-    raw = read_json(path)
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise InputError(f"{path}: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
-    try:
-        config = _read_llada(raw) if family == "llada" else _read_llama_like(raw, family)
-    except KeyError as missing:
-        raise InputError(f"{path}: the key {missing} is missing") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: a value of the wrong type ({error})") from None
-    for key, kind in Config.__annotations__.items():
-        value = getattr(config, key)
-        if kind in (int, float) and not isinstance(value, (int, float)):
-            raise InputError(f"{path}: {key} is {value!r}: a value of the wrong type")
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim"):  # fmt: skip
-        if getattr(config, key) < 1:
-            raise InputError(f"{path}: {key} is {getattr(config, key)}; must be at least 1")
-    config.raw = raw
-    generation = Path(folder) / "generation_config.json"  # chat models list more ends there than in config.json
-    more = read_json(generation).get("eos_token_id") if generation.exists() else None
-    config.eos_token_ids = sorted({*_as_list(raw.get("eos_token_id")), *_as_list(more)})
-    act = raw.get("hidden_act", raw.get("activation_type", "silu"))
-    if act != "silu":
-        raise InputError(f"{path}: activation {act!r} is not supported, only silu")
-    # hub files of Qwen2.5 carry a sliding_window with use_sliding_window false: the window is then not in use
-    if raw.get("use_sliding_window") and raw.get("sliding_window"):
-        raise InputError(f"{path}: use_sliding_window is not supported")
-    # LLaDA's code has these options, its checkpoints do not use them
-    for key in ("alibi", "attention_layer_norm", "clip_qkv", "input_emb_norm", "scale_logits", "multi_query_attention"):
-        if raw.get(key):
-            raise InputError(f"{path}: {key} is not supported")
-    known = {"rope": True, "layer_norm_type": "rms", "block_type": "llama", "score_function": "sigmoid"}
-    for key, only in known.items():
-        if raw.get(key, only) != only:
-            raise InputError(f"{path}: {key} {raw[key]!r} is not supported, only {only!r}")
-    if config.is_diffusion and not config.eos_token_ids:  # LLaDA2's config.json names its end of text as padding only
-        config.eos_token_ids = _as_list(config.pad_token_id)
-    if config.mask_token_id is not None and not 0 <= config.mask_token_id < config.vocab_size:
-        raise InputError(f"{path}: mask_token_id {config.mask_token_id} is not one of {config.vocab_size} ids")
-    if config.rope_scaling is not None:
-        rope_type = config.rope_scaling["rope_type"]
-        if rope_type not in ROPE_KEYS:
-            raise InputError(f"{path}: rope scaling {rope_type!r} is not supported (supported: {', '.join(ROPE_KEYS)})")
-        for key in ROPE_KEYS[rope_type]:
-            if config.rope_scaling.get(key) is None:
-                raise InputError(f"{path}: rope scaling {rope_type!r} needs the key {key!r}")
-    return config
 
 
-def _as_list(value):
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _read_llama_like(raw, family):
-    # Two dialects: the hub's rope_theta + rope_scaling (older files say "type"), transformers 5's rope_parameters.
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
-    heads = raw["num_attention_heads"]
-    bias = bool(raw.get("attention_bias", False))
-    config = Config(
-        model_type=family,
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads),
-        rms_norm_eps=raw["rms_norm_eps"],
-        rope_theta=float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0),
-        rope_scaling=None if rope["rope_type"] == "default" else rope,
-        max_position_embeddings=raw.get("max_position_embeddings", 0),
-        partial_rotary_factor=float(rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2" or bias,
-        o_bias=family != "qwen2" and bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-        qk_norm=family in ("qwen3", "qwen3_moe"),
-        bos_token_id=raw.get("bos_token_id"),
-        pad_token_id=raw.get("pad_token_id"),
-        mask_token_id=raw.get("mask_token_id"),
-    )
-    layers = range(config.num_hidden_layers)
-    if family == "qwen3_moe":
-        config.num_experts = raw.get("num_experts") or raw["num_local_experts"]
-        dense, step = raw.get("mlp_only_layers") or [], raw.get("decoder_sparse_step", 1)
-        config.moe_layers = frozenset(i for i in layers if i not in dense and (i + 1) % step == 0)
-        config.norm_topk_prob = bool(raw.get("norm_topk_prob", False))
-    if family == "llada2_moe":
-        config.attention, config.sigmoid_router = "block", True
-        config.block_length = raw.get("block_length", 32)
-        config.qk_norm = bool(raw.get("use_qk_norm", True))
-        config.qkv_bias, config.o_bias = bool(raw.get("use_qkv_bias", False)), bool(raw.get("use_bias", False))
-        if config.mask_token_id is None:
-            config.mask_token_id = 156895  # <|mask|>; the released config.json does not say it
-        config.num_experts = raw["num_experts"]
-        config.moe_layers = frozenset(i for i in layers if i >= raw.get("first_k_dense_replace", 0))
-        config.num_shared_experts = raw.get("num_shared_experts") or 0
-        config.n_group, config.topk_group = raw.get("n_group") or 1, raw.get("topk_group") or 1
-        config.routed_scaling_factor = float(raw.get("routed_scaling_factor", 1.0))
-    if config.num_experts:
-        config.num_experts_per_tok = raw["num_experts_per_tok"]
-        config.moe_intermediate_size = raw["moe_intermediate_size"]
-    return config
 
 
-def _read_llada(raw):
-    heads = raw["n_heads"]
-    return Config(
-        model_type="llada",
-        vocab_size=raw.get("embedding_size") or raw["vocab_size"],
-        hidden_size=raw["d_model"],
-        intermediate_size=raw["mlp_hidden_size"],
-        num_hidden_layers=raw["n_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=raw.get("n_kv_heads") or heads,
-        head_dim=raw["d_model"] // heads,
-        rms_norm_eps=raw["rms_norm_eps"],
-        rope_theta=float(raw["rope_theta"]),
-        max_position_embeddings=raw["max_sequence_length"],
-        tie_word_embeddings=bool(raw.get("weight_tying", False)),
-        qkv_bias=bool(raw.get("include_bias") or raw.get("include_qkv_bias")),
-        o_bias=bool(raw.get("include_bias")),
-        mlp_bias=bool(raw.get("include_bias")),
-        attention="full",
-        bos_token_id=raw.get("bos_token_id"),
-        pad_token_id=raw.get("pad_token_id"),
-        mask_token_id=raw["mask_token_id"],
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -555,7 +378,7 @@ class Transformer(nn.Module):
         attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
         return 6 * (weights * int(tokens) + c.vocab_size * c.hidden_size * int(scored)) + attention * int(pairs)
 
-    def forward(self, ids, targets=None, *, positions=None, attention=None, cache=None, rows=None):
+    def forward(self, ids, targets=None, *, positions=None, attention=None, cache=None, logits_at=None):
         """ids (B, T) int64 -> logits (B, T, V), or with `targets` the negative log-likelihood (B, T) in float32.
 
         targets    (B, T): position i is scored on targets[:, i] (an autoregressive caller shifts, a diffusion caller
@@ -564,7 +387,7 @@ class Transformer(nn.Module):
         attention  "causal", "full", "block", or bool (broadcastable to B, 1, T, S), True = may be seen, or a BlockMask
                    of flex_attention; default: the family's own.
         cache      a Cache: keys and values are written at `positions`, and older ones are seen.
-        rows       (B,) or (B, R): return logits (B, 1 or R, V) of these positions of each sequence only.
+        logits_at  (B,) or (B, R): return logits (B, 1 or R, V) of these positions of each sequence only.
         """
         B, T = ids.shape
         attention = self.config.attention if attention is None else attention
@@ -585,8 +408,8 @@ class Transformer(nn.Module):
         cos, sin = angles.cos() * scale, angles.sin() * scale
         for block in self.model.layers:
             x = block(x, cos, sin, mask, causal, cache)
-        if rows is not None:
-            x = x[torch.arange(B, device=x.device)[:, None], rows.view(B, -1)]  # (B, 1 or R, C)
+        if logits_at is not None:
+            x = x[torch.arange(B, device=x.device)[:, None], logits_at.view(B, -1)]  # (B, 1 or R, C)
         x = self.model.norm(x)
         head = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         if targets is None:
@@ -601,200 +424,29 @@ class Transformer(nn.Module):
 # From logits to a token: for the samplers of eval.py and diffusion.py
 
 
-def check_sampling(config, prompts, max_new_tokens, temperature, top_p, top_k):
-    """Raises InputError for a value out of range, and for a prompt that is empty or has an id the model has not."""
-    for key, given, fine in (
-        ("temperature", temperature, temperature >= 0), ("top_p", top_p, 0 < top_p <= 1), ("top_k", top_k, top_k >= 0),
-        ("max_new_tokens", max_new_tokens, max_new_tokens > 0),
-    ):  # fmt: skip
-        if not fine:
-            raise InputError(f"{key} = {given}: out of range (python eval.py --help says what it means)")
-    for number, prompt in enumerate(prompts):
-        if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise InputError(f"prompt {number} is empty or has an id outside the vocabulary of {config.vocab_size}")
 
 
-def next_token(logits, u, temperature, top_p, top_k):
-    """logits (B, V), uniforms u (B,) -> ids (B,): inverse CDF over ids in their order; temperature 0: the likeliest.
-
-    As in transformers: temperature, then top_k, then top_p of what is left (with the id that crosses it). In float32,
-    with float64 logits in float64. Raises InputError for logits that are not finite.
-    """
-    if temperature == 0:
-        best, token = logits.max(-1)
-    else:
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        p = torch.softmax(logits / temperature, -1)
-        if top_k or top_p < 1:
-            p = p.masked_fill(p < least_likely(p, top_p, top_k), 0)
-        cdf = p.cumsum(-1, dtype=torch.float64)
-        best = cdf[:, -1]
-        # the first id whose cdf exceeds u: so its probability is not 0
-        token = torch.searchsorted(cdf, (u * best)[:, None], right=True).squeeze(1)
-    if not torch.isfinite(best).all():
-        raise InputError("the model's logits are not finite, nothing can be sampled from it")
-    return token
 
 
-def least_likely(p, top_p, top_k):
-    """The smallest probability that may still be sampled, (B, 1)."""
-    likeliest = p.topk(min(top_k or 1024, p.shape[-1])).values  # falling
-    if not top_k and (likeliest.sum(-1) < top_p).any():  # rarely do so few not hold top_p: only then sort all of them
-        likeliest = p.sort(descending=True).values
-    mass = likeliest.cumsum(-1, dtype=torch.float64)
-    total = mass[:, -1:] if top_k else 1.0
-    return likeliest.masked_fill(mass - likeliest >= top_p * total, torch.inf).amin(-1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face folders
 
-LLADA_NAMES = {  # ours -> LLaDA-8B's (OLMo style): note ff_proj, the branch under the SiLU, and the two ff_out
-    "lm_head": "model.transformer.ff_out",
-    "model.embed_tokens": "model.transformer.wte",
-    "model.norm": "model.transformer.ln_f",
-    "model.layers": "model.transformer.blocks",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ff_norm",
-    "self_attn.o_proj": "attn_out",
-    "self_attn.": "",
-    "mlp.gate_proj": "ff_proj",
-    "mlp.up_proj": "up_proj",
-    "mlp.down_proj": "ff_out",
-}
-LLADA2_NAMES = {
-    "model.embed_tokens": "model.word_embeddings",
-    "self_attn.q_norm": "attention.query_layernorm",
-    "self_attn.k_norm": "attention.key_layernorm",
-    "self_attn.o_proj": "attention.dense",
-}
 
 
-def disk_pieces(config, name):
-    """Where our parameter `name` lies on disk: a list of (tensor on disk, its rows, index into our parameter).
-
-    Most are one whole tensor of the same name: rows and index None. LLaDA2 keeps q, k, v as the rows of one tensor;
-    experts, which we stack, are a tensor each. Both directions, `load` and `save`, go through this one function.
-    """
-    if ".mlp.experts." in name:
-        prefix, matrix = name.split(".experts.")
-        return [(f"{prefix}.experts.{e}.{matrix}.weight", None, e) for e in range(config.num_experts)]
-    if config.model_type == "llada2_moe" and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
-        prefix, rest = name.split(".self_attn.")
-        q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        rows = {"q": slice(0, q), "k": slice(q, q + kv), "v": slice(q + kv, q + 2 * kv)}[rest[0]]
-        return [(f"{prefix}.attention.query_key_value.{rest.split('.')[1]}", rows, None)]
-    names = {"llada": LLADA_NAMES, "llada2_moe": LLADA2_NAMES}.get(config.model_type, {})
-    for ours, theirs in names.items():
-        name = name.replace(ours, theirs)
-    return [(name, None, None)]
 
 
-def local_folder(path_or_repo_id, weights=True):
-    """A folder as it is; anything else is a repository on the Hugging Face hub, fetched into (or found in) its cache.
-
-    Only *.json, *.safetensors and tokenizer files are fetched: no code, no pickles; without `weights` only what
-    read_config reads. HF_HUB_OFFLINE=1 is honoured.
-    """
-    if os.path.isdir(path_or_repo_id):
-        return Path(path_or_repo_id)
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
-        patterns = patterns if weights else ["config.json", "generation_config.json"]
-        return Path(snapshot_download(str(path_or_repo_id), allow_patterns=patterns))
-    except Exception as error:  # the hub's many errors (no such name, offline, no access) mean one thing here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path_or_repo_id}: neither a folder nor a hub repository within reach ({reason})") from None
 
 
-def weight_files(folder):
-    """{tensor name: path of the safetensors file that holds it}, from the index or the single file."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            raise InputError(f"{folder}: no model.safetensors and no index of shards (pickles are not read)")
-        with open_weights(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict):
-        raise InputError(f"{index}: no weight_map")
-    for name, shard in found.items():
-        # a downloaded index must not open files outside its folder
-        if not isinstance(shard, str) or PurePath(shard).name != shard or "\\" in shard or shard in (".", ".."):
-            raise InputError(f"{index}: {name} lies in {shard!r}, which is not a plain file name")
-        if not (folder / shard).exists():
-            raise InputError(f"{folder / shard}: missing, but model.safetensors.index.json names it")
-    return {name: folder / shard for name, shard in found.items()}
 
 
-def open_weights(path):
-    """safe_open, with a one-line error when the file is truncated or not safetensors at all."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a complete safetensors file ({error}); download or write it again") from None
 
 
-def write_weights(tensors, path):
-    """{name: tensor} -> a safetensors file. A full disk is an InputError, like anything that the user can put right."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise InputError(f"{path}: cannot be written ({error})") from None
 
 
-def local_rows(parameter):
-    """The part of a parameter that this process holds, and its first and last row: all of it unless FSDP cut it."""
-    if not isinstance(parameter, DTensor):
-        return parameter, 0, len(parameter)
-    local, mesh = parameter.to_local(), parameter.device_mesh
-    first = min(mesh.get_local_rank() * -(-len(parameter) // mesh.size()), len(parameter))  # FSDP2 cuts like chunk()
-    return local, first, first + len(local)
 
 
-@torch.no_grad()
-def load_weights(model, folder):
-    """Fill `model` from the folder's safetensors, one tensor in memory at a time, cast to the parameters' dtype.
-    A sharded model reads its own rows only.
-
-    Raises InputError for a missing tensor, a wrong shape, or one the model has no place for (except the lm_head
-    that some tied checkpoints store all the same, and RoPE tables of old ones).
-    """
-    config, files = model.config, weight_files(folder)
-    handles, used = {}, set()
-    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        local, first, last = local_rows(parameter)
-        for disk_name, rows, index in disk_pieces(config, name):
-            if disk_name not in files:
-                raise InputError(f"{folder}: the tensor {disk_name} is missing ({config.model_type} needs it)")
-            path = files[disk_name]
-            if path not in handles:
-                handles[path] = open_weights(path)
-            try:
-                stored = handles[path].get_slice(disk_name)
-            except SafetensorError as error:
-                raise InputError(f"{path}: the tensor {disk_name} is not in it ({error})") from None
-            if stored.get_dtype() not in ("F64", "F32", "BF16", "F16"):
-                raise InputError(f"{path}: {disk_name} is {stored.get_dtype()}; only float weights are read")
-            used.add(disk_name)
-            expected = list(parameter.shape if index is None else parameter.shape[1:])
-            if rows is not None:  # a part of a fused tensor
-                expected[0] = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-            if stored.get_shape() != expected:
-                raise InputError(f"{path}: {disk_name} has shape {stored.get_shape()}, config.json asks for {expected}")
-            if index is None and last > first:
-                offset = rows.start if rows else 0
-                local.copy_(stored[offset + first : offset + last])
-            elif index is not None and first <= index < last:
-                local[index - first].copy_(stored[:])
-    known = ("rotary_emb.inv_freq", *(("lm_head.weight", "ff_out.weight") if config.tie_word_embeddings else ()))
-    extra = sorted(name for name in files if name not in used and not name.endswith(known))
-    if extra:
-        raise InputError(f"{folder}: a {config.model_type} model has no place for {extra[0]} ({len(extra)} such)")
 
 
 def load(path_or_repo_id, device="cpu", dtype=torch.float32, shard=None):
@@ -817,61 +469,5 @@ def load(path_or_repo_id, device="cpu", dtype=torch.float32, shard=None):
     return model.eval()
 
 
-TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-                   "chat_template*", "generation_config.json")  # fmt: skip
 
 
-@torch.no_grad()
-def save(model, tokenizer_or_source_folder, out_folder, max_shard_bytes=5 * 10**9):
-    """Write an ordinary Hugging Face folder: config.json, safetensors under the family's own names, tokenizer files.
-
-    The dtype is the parameters'. Training keeps float32, and so do its checkpoints: at a learning rate of 1e-5 most
-    updates are smaller than bfloat16's spacing, and differences of checkpoints (RRT) would be rounding noise.
-    A sharded model is gathered one parameter at a time: then every process must call this, and process 0 writes.
-    """
-    source = local_folder(getattr(tokenizer_or_source_folder, "folder", tokenizer_or_source_folder))
-    config = model.config
-    writes = not (dist.is_initialized() and dist.get_rank())
-    stored = [*model.named_parameters(), *model.named_buffers()]
-    plan = {}  # tensor on disk -> how many of our parameters it is made of, and its bytes
-    for name, parameter in stored:
-        pieces = disk_pieces(config, name)
-        for disk_name, _, _ in pieces:
-            count, size = plan.get(disk_name, (0, 0))
-            plan[disk_name] = count + 1, size + parameter.nbytes // len(pieces)
-    shards, size = [[]], 0
-    for disk_name, (_, more) in plan.items():
-        if size and size + more > max_shard_bytes:
-            shards.append([])
-            size = 0
-        size += more
-        shards[-1].append(disk_name)
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]  # fmt: skip
-    file_of = {disk_name: file for file, names in zip(files, shards, strict=True) for disk_name in names}
-
-    with whole_folder(out_folder, "*.safetensors") if writes else nullcontext() as out:
-        parts, ready = {}, {file: {} for file in files}
-        for name, parameter in stored:
-            tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-            for disk_name, _, index in disk_pieces(config, name) if writes else []:
-                parts.setdefault(disk_name, []).append((tensor if index is None else tensor[index]).cpu())
-                if len(parts[disk_name]) < plan[disk_name][0]:
-                    continue
-                file, pieces = file_of[disk_name], parts.pop(disk_name)  # q, k, v come in the order of their rows
-                ready[file][disk_name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
-                if len(ready[file]) == len(shards[files.index(file)]):
-                    write_weights(ready.pop(file), out / file)
-        if writes:
-            if len(files) > 1:
-                index = {"metadata": {"total_size": sum(size for _, size in plan.values())}, "weight_map": file_of}
-                write_json(out / "model.safetensors.index.json", index)
-            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            raw = {k: v for k, v in config.raw.items() if k not in ("torch_dtype", "dtype")}
-            write_json(out / "config.json", {**raw, "dtype" if "rope_parameters" in raw else "torch_dtype": dtype})
-            for pattern in TOKENIZER_FILES:
-                for path in source.glob(pattern):
-                    if path.is_file():
-                        shutil.copyfile(path, out / path.name)
-    if dist.is_initialized():
-        dist.barrier()

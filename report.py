@@ -10,7 +10,6 @@ import base64
 import html
 import io
 import itertools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import data
-from config import InputError, command, load_select, read_json, run_folder, run_keys, whole_file
-from model import local_folder
+from hf.families import local_folder
+from hf.tokenizer import load_tokenizer
+from plumbing.config import InputError, command, load_select, read_json, whole_file
+from plumbing.runs import load_mask, load_trajectory, records, run_folder, run_keys
 
 
 @dataclass
@@ -41,23 +42,6 @@ COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # 
 # Curves
 
 
-def records(run):
-    """What a run recorded: {"step", "nll", "accuracy", "eval_accuracy"} -> arrays over its recorded checkpoints.
-
-    eval_accuracy (on unseen problems) is left out if there was none. Raises InputError if nothing was recorded.
-    """
-    path = Path("runs") / run / "log.jsonl"
-    if not path.exists():
-        raise InputError(f"{path}: no such file; is {run} the name of a run?")
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON lines ({error})") from None
-    lines = [line for line in lines if line.get("event") == "record"]
-    if not lines:
-        raise InputError(f"{path}: nothing was recorded; train with --record_every")
-    keys = [key for key in ("step", "nll", "accuracy", "eval_accuracy") if lines[0].get(key) is not None]
-    return {key: np.array([line[key] for line in lines], dtype=np.float64) for key in keys}
 
 
 def bifurcation(run, selection=None):
@@ -67,7 +51,7 @@ def bifurcation(run, selection=None):
     selection: the folder whose bottleneck counts; without one the lowest train accuracy decides.
     """
     select = load_select()
-    trajectory = select.load_trajectory(run)
+    trajectory = load_trajectory(run)
     if selection is not None:
         low = read_json(selection / "config.json")["bottleneck_step"]
     else:
@@ -195,9 +179,9 @@ def main(**given):
     trained, chosen = run_keys(home), read_json(selection / "config.json")
     stats, low, kind = read_json(selection / "stats.json"), chosen["bottleneck_step"], chosen["kind"]
     train_set = data.load(trained["data"])
-    mask = load_select().load_mask(selection, train_set, kind)
-    tokenizer = data.load_tokenizer(local_folder(trained["model"]))
-    trajectory = {step: {"logprob": t["logprob"]} for step, t in load_select().load_trajectory(runs[0]).items()
+    mask = load_mask(selection, train_set, kind)
+    tokenizer = load_tokenizer(local_folder(trained["model"]))
+    trajectory = {step: {"logprob": t["logprob"]} for step, t in load_trajectory(runs[0]).items()
                   if step in (0, low) and str(t["sha256"]) == train_set.sha256}  # fmt: skip
     if not {0, low} <= trajectory.keys():
         raise InputError(f"{home / 'trajectory'}: steps 0 and {low} of {trained['data']} are not both there; "

@@ -31,7 +31,8 @@ if __name__ == "select":
 else:
     import numpy as np  # not for the importer above: numpy may be on its way to needing the real one
 
-    from config import InputError, command, read_json, run_folder, run_keys, whole_folder, write_json
+    from plumbing.config import InputError, command, whole_folder, write_json
+    from plumbing.runs import load_trajectory, run_folder, run_keys
 
 import os
 from collections import Counter
@@ -118,7 +119,7 @@ def recover_residual(base, bottleneck, final, out):
     """
     import shutil
 
-    from model import open_weights, weight_files, write_weights
+    from hf.weights import open_weights, weight_files, write_weights
 
     files = [weight_files(folder) for folder in (base, bottleneck, final)]
     with whole_folder(out) as aside:
@@ -139,54 +140,8 @@ def recover_residual(base, bottleneck, final, out):
 # Trajectories and masks on disk
 
 
-def load_trajectory(run):
-    """runs/<run>/trajectory/*.npz -> {step: arrays}; an array is read from disk when it is asked for by its name.
-
-    logprob (n_tokens,) float32, nan at prompts; correct (n_examples,); accuracy; step; sha256; tokenizer_hash.
-    Raises InputError if there are none, or if they are not all about the same data.
-    """
-    folder = run_folder(run) / "trajectory"
-    found = {}
-    for path in sorted(folder.glob("[0-9]*.npz")):
-        try:
-            found[int(path.stem)] = np.load(path, allow_pickle=False)
-            found[int(path.stem)]["accuracy"]
-        except Exception as error:  # zipfile and numpy raise a dozen kinds
-            raise InputError(f"{path}: not a complete trajectory file ({error})") from None
-    if not found:
-        raise InputError(f"{folder}: no trajectory; run train.py --run={run} with --record_every")
-    if len({str(t["sha256"]) for t in found.values()}) > 1:
-        raise InputError(f"{folder}: the files are not all about the same data")
-    return found
 
 
-def load_mask(folder, data, kind="keep"):
-    """(n_tokens,) bool from a selection folder, for train.py.
-
-    Raises InputError if the mask was made for another data set, another tokenizer or the other kind of student, if it
-    is damaged, or if nothing is selected: no training can happen on a mask that does not belong to its tokens.
-    """
-    folder = Path(folder)
-    made = read_json(folder / "config.json")
-    if "model_type" in made:  # RRT's
-        raise InputError(f"{folder}: a model folder, not a selection; go on from it with --model={folder}")
-    if made.get("tokenizer_hash") != data.meta["tokenizer_hash"]:
-        raise InputError(f"{folder}: this selection was made with another tokenizer than {data.folder}")
-    if made.get("sha256") != data.sha256:
-        raise InputError(f"{folder}: this selection was made for another data set than {data.folder}")
-    if made.get("kind") != kind:
-        student = "an autoregressive" if kind == "keep" else "a diffusion"
-        raise InputError(f"{folder}: kind is {made.get('kind')}; {student} student needs select.py --kind={kind}")
-    try:
-        mask = np.load(folder / "mask.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{folder / 'mask.npy'}: cannot be read ({error}); run select.py again") from None
-    response = data.response_mask()
-    if mask.dtype != bool or mask.shape != response.shape or (mask & ~response).any():
-        raise InputError(f"{folder}: mask.npy is no mask of the response tokens of {data.folder}; run select.py again")
-    if not mask.any():
-        raise InputError(f"{folder}: the selection is empty, there is nothing to train on")
-    return mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +198,8 @@ def statistics(trajectory, tokenizer, ids, delta, picked, tau, spans):
 def main(**given):
     """Write the selection (or, for rrt, the model) and print what it is -> its folder."""
     import data
-    from model import local_folder
+    from hf.families import local_folder
+    from hf.tokenizer import load_tokenizer
 
     cfg, home, out = resolve(given)
     trained = run_keys(home)
@@ -261,7 +217,7 @@ def main(**given):
     train_set = data.load(trained["data"])
     if str(trajectory[0]["sha256"]) != train_set.sha256:
         raise InputError(f"{trained['data']}: not the data that run {cfg.run} recorded; it has changed since")
-    tokenizer = data.load_tokenizer(local_folder(trained["model"]))
+    tokenizer = load_tokenizer(local_folder(trained["model"]))
     response = train_set.response_mask()
     start = trajectory[0]["logprob"][response].astype(np.float64)
     delta = trajectory[step]["logprob"][response].astype(np.float64) - start  # (n response tokens,)

@@ -27,7 +27,8 @@ from pathlib import Path
 import data
 import model
 import train
-from config import InputError, command, read_json, whole_folder, write_json
+from hf.tokenizer import BYTE_OF_CHAR, load_tokenizer
+from plumbing.config import InputError, command, read_json, whole_folder, write_json
 
 
 @dataclass
@@ -117,7 +118,7 @@ def tokenizer_json():
 
     ignore_merges: a word of the vocabulary is one token although merging would begin check with the `he` of hence.
     """
-    char_of_byte = {byte: char for char, byte in data.BYTE_OF_CHAR.items()}
+    char_of_byte = {byte: char for char, byte in BYTE_OF_CHAR.items()}
 
     vocabulary = {name: i for i, name in enumerate(SPECIAL)}
     words = [word + char_of_byte[ord(" ")] for word in FAMILIAR + TEACHER] + [";" + char_of_byte[ord(" ")]]
@@ -176,7 +177,7 @@ def write_diffusion_student(student, out):
         write_json(Path(folder) / "config.json", {
             "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", **{key: raw[key] for key in shared},
             "use_qk_norm": True, "partial_rotary_factor": 1.0, "block_length": BLOCK_LENGTH,
-            "mask_token_id": data.load_tokenizer(student).mask_token_id,
+            "mask_token_id": load_tokenizer(student).mask_token_id,
             "first_k_dense_replace": raw["num_hidden_layers"], "num_experts": 2, "num_experts_per_tok": 1,
             "moe_intermediate_size": raw["intermediate_size"],
         })  # fmt: skip

@@ -12,16 +12,11 @@ in runs/<run>/: config.json, log.jsonl (a line per step), checkpoints/ (ordinary
 (log-probability of every response token, and train accuracy, at each recorded checkpoint). Next: select.py.
 """
 
-import hashlib
 import json
 import math
 import os
-import platform
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,19 +26,33 @@ import torch
 
 import data
 import diffusion
-import memory
 import model
-import parallel
-import resume
 from batches import micro_batches, pack, padded_slots
-from config import InputError, command, load_select, read_json, run_folder, run_keys, write_json
-from eval import DECODING
-from parallel import all_reduce, decide, gather, grad_norm, parallelize, rank, start_processes, stop, world_size
+from hf import families
+from hf.tokenizer import Tokenizer, load_tokenizer
+from plumbing import memory, parallel, resume
+from plumbing.config import InputError, command
+from plumbing.parallel import (
+    Interrupt,
+    all_reduce,
+    exists,
+    gather,
+    grad_norm,
+    on_process_0,
+    parallelize,
+    rank,
+    start_processes,
+    stop,
+    world_size,
+)  # fmt: skip
+from plumbing.resume import start_run
+from plumbing.runs import checkpoint, load_mask, of_pass_1, read_keys, run_folder
+from sample import Sampling, check_sampling, resolve_decoding
 from trajectory import record
 
 
 @dataclass
-class Config:
+class Config(Sampling):
     # what
     run: str = ""  # name of the run: its folder is runs/<run>
     model: str = ""  # the student, theta_0: a Hugging Face folder or hub id
@@ -81,18 +90,7 @@ class Config:
     # recording
     record_every: int = 0  # record trajectory and accuracy every so many steps, and at 0 and the end; 0: never
     samples: int = 1  # answers sampled per problem for an accuracy
-    temperature: float = 1.0  # of those answers
-    top_p: float = 1.0  # of those answers
-    top_k: int = 0  # of those answers; 0: no limit
-    max_new_tokens: int = 1024  # length limit of those answers
     sample_batch_size: int = 64  # answers written at the same time; changes memory and speed, not the answers
-    block_length: int = 0  # of a diffusion student's answers, as are the next six (eval.py --help says it all)
-    denoising_steps: int = 0  # forward passes for an answer; 0: as many as tokens
-    threshold: float = 0.0  # tokens surer than this are written at once; 0: the family's own
-    remasking: str = "low_confidence"  # which tokens wait: low_confidence or random
-    cfg_scale: float = 0.0  # classifier-free guidance
-    eos_rule: str = "free"  # when end-of-text may be written: free, last or never
-    edit_threshold: float = -1.0  # written tokens are replaced if surer than this; -1: never
     save_every: int = 0  # keep a checkpoint every so many steps; the bottleneck and the last are kept in any case
     # what if it stops
     resume: bool = False  # go on from the newest complete resume state of this run; unset keys are the run's own
@@ -105,9 +103,6 @@ class Config:
     gpu_memory_gib: float = 80.0  # of the dry run: memory of each
 
 
-# with a student of the other kind (autoregressive, diffusion) than pass 1's, no other key of pass 1 is inherited
-OF_THE_EXPERIMENT = ("data", "eval_data", "seed", "record_every", "save_every", "samples", "max_new_tokens")
-NEVER_INHERITED = ("run", "selection", "resume", "allow_changes", "dry_run")
 
 
 @dataclass
@@ -118,8 +113,8 @@ class Run:
     device: torch.device
     folder: Path  # runs/<run>
     source: Path  # the Hugging Face folder of theta_0
-    shape: model.Config
-    tokenizer: data.Tokenizer
+    shape: families.Config
+    tokenizer: Tokenizer
     train_set: data.Data
     eval_set: data.Data | None
     selected: np.ndarray | None  # (n_tokens,) bool: what stays in the loss (AR), what is always masked (diffusion)
@@ -147,7 +142,7 @@ def main(**given):
     with resume.lock(folder), Interrupt() as interrupt:
         changed = start_run(run)
         first = resume.newest(folder) if cfg.resume else 0
-        lowest, accuracy = decide(lambda: resume.rewind(cfg, folder, first, changed))
+        lowest, accuracy = on_process_0(lambda: resume.rewind(cfg, folder, first, changed))
         if first:
             resume.load(folder, first, student, optimizer)
         describe(run, first)
@@ -267,9 +262,9 @@ def resolve(given):
     inherited = {}
     folder = run_folder(given["run"]) if given.get("run") else None
     if folder and given.get("resume") and (folder / "config.json").is_file():
-        inherited = read_keys(folder)
+        inherited = read_keys(folder, Config)
     elif given.get("selection"):
-        inherited = of_pass_1(given)
+        inherited = of_pass_1(given, Config)
     cfg = Config(**{**inherited, **given})
     for key in ("model",) if cfg.dry_run else ("run", "model", "data"):
         if not getattr(cfg, key):
@@ -292,58 +287,22 @@ def resolve(given):
     return cfg
 
 
-def read_keys(folder):
-    """The keys of a run, from its config.json."""
-    found = run_keys(folder)
-    unknown = sorted(set(found) - {f.name for f in fields(Config)})
-    if unknown:
-        raise InputError(f"{folder / 'config.json'}: unknown key {unknown[0]}")
-    return {key: value for key, value in found.items() if key not in ("resume", "allow_changes", "dry_run")}
 
 
-def of_pass_1(given):
-    """What pass 2 takes over from the run its selection came from.
-
-    A student of the same kind: every key but --run and --selection; those given differently are printed. A student of
-    the other kind (a diffusion student trained with an autoregressive selector's choice): only what describes the
-    experiment, since a learning rate or a number of steps that suit the one say nothing about the other; --model must
-    then be given.
-    """
-    folder = Path(given["selection"])
-    if folder.parent.name != "selection":
-        raise InputError(f"--selection={folder}: must be a folder runs/<run>/selection/<name>, as select.py writes it")
-    pass1 = read_keys(folder.parent.parent)
-    kind = read_json(folder / "config.json").get("kind")
-    inherited = {key: value for key, value in pass1.items() if key not in NEVER_INHERITED}
-    other = given.get("model", pass1["model"])
-    is_diffusion = [model.read_config(model.local_folder(m)).is_diffusion for m in (pass1["model"], other)]
-    if kind == "force" and not is_diffusion[1]:
-        raise InputError(f"{given['selection']}: a force selection is for a diffusion student, and {other} is "
-                         "autoregressive; name one with --model")  # fmt: skip
-    if is_diffusion[0] != is_diffusion[1]:
-        inherited = {key: pass1[key] for key in OF_THE_EXPERIMENT}
-        names = ("a diffusion", "an autoregressive") if is_diffusion[0] else ("an autoregressive", "a diffusion")
-        shown = " ".join(f"{key}={value}" for key, value in inherited.items() if key not in given)
-        print(f"pass 1 was {names[0]} student's, this is {names[1]} one; inherited: {shown}; all else is as given or "
-              "by default")  # fmt: skip
-    for key, value in given.items():
-        if key in inherited and inherited[key] != value:
-            print(f"differs from pass 1: {key} = {value} (pass 1: {inherited[key]})")
-    return inherited
 
 
 def read_inputs(cfg):
     """All that a run reads but the weights, checked to belong together."""
     device = start_processes(cfg)
     source = model.local_folder(cfg.model)
-    shape, tokenizer = model.read_config(source), data.load_tokenizer(source)
+    shape, tokenizer = model.read_config(source), load_tokenizer(source)
     if shape.is_diffusion:
         diffusion.check_objective(shape, cfg.objective, cfg.forced_weight, cfg.weighting, cfg.t_min, cfg.t_max)
     if shape.is_diffusion and cfg.packing:
         raise InputError("--packing=true is for autoregressive students: a diffusion objective lays out its own rows")
     train_set, eval_set = load_data(cfg.data, tokenizer), load_data(cfg.eval_data, tokenizer)
     kind = "force" if shape.is_diffusion else "keep"
-    selected = load_select().load_mask(cfg.selection, train_set, kind) if cfg.selection else None
+    selected = load_mask(cfg.selection, train_set, kind) if cfg.selection else None
     if cfg.record_every:
         check_recording(cfg, shape, train_set, eval_set)
     return Run(cfg, device, run_folder(cfg.run), source, shape, tokenizer, train_set, eval_set, selected)
@@ -355,11 +314,10 @@ def check_recording(cfg, shape, train_set, eval_set):
         raise InputError(f"{cfg.eval_data}: not every example has an answer, so there is no accuracy to record")
     parts = [part for part in (train_set, eval_set) if part]
     prompts = [part.prompt(i).tolist() for part in parts for i in range(len(part))]
-    keys = {key: getattr(cfg, key) for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
     if shape.is_diffusion:
-        diffusion.check_decoding(shape, prompts, keys | {key: getattr(cfg, key) for key in DECODING})
+        resolve_decoding(shape, prompts, cfg)
     else:
-        model.check_sampling(shape, prompts, **keys)
+        check_sampling(shape, prompts, cfg)
 
 
 def load_data(folder, tokenizer):
@@ -372,58 +330,10 @@ def load_data(folder, tokenizer):
     return loaded
 
 
-def start_run(run):
-    """Write runs/<run>/config.json -> has anything changed since it was written?
-
-    A run that is already there is never written over. With --resume=true it is gone on with, if keys, data, tokenizer
-    and selection are what they were; with --allow_changes=true whatever they are, and config.json says so.
-    """
-    cfg, folder, sha256 = run.cfg, run.folder, hashlib.sha256
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    keys = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "allow_changes")}
-    now = {
-        "config": keys, "command": sys.argv, "git": commit,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "sha256": run.train_set.sha256, "tokenizer_hash": run.tokenizer.hash,
-        "eval_sha256": run.eval_set and run.eval_set.sha256,
-        "selection_sha256": None if run.selected is None else sha256(np.packbits(run.selected)).hexdigest(),
-        "model_sha256": sha256(json.dumps(run.shape.raw, sort_keys=True).encode()).hexdigest(),
-    }  # fmt: skip
-
-    def write():
-        path = folder / "config.json"
-        if not path.exists():
-            (folder / "trajectory").mkdir(exist_ok=True)
-            write_json(path, now)
-            return False
-        if not cfg.resume:
-            raise InputError(f"{folder}: this run exists; --resume=true goes on with it, or give --run another name, "
-                             "or delete the folder")  # fmt: skip
-        before = read_json(path)
-        changes = resume.differences(before, now)
-        if changes and not cfg.allow_changes:
-            text = "; ".join(f"{key}: then {then}, now {value}" for key, then, value in changes)
-            raise InputError(f"{folder}: not the run it was ({text}); --allow_changes=true goes on all the same")
-        if commit != before.get("git"):
-            print(f"the code is not the one that started this run: {before.get('git')}, now {commit}")
-        history = [*before.get("resumed", []), {"command": sys.argv, "git": commit, "changes": changes}]
-        write_json(path, {**now, "command": before["command"], "git": before.get("git"), "resumed": history})
-        return bool(changes)
-
-    return decide(write)
 
 
-def checkpoint(folder, step):
-    return folder / "checkpoints" / f"{step:06d}"
 
 
-def exists(path):
-    """On process 0's disk."""
-    return decide(path.exists)
 
 
 def remove_checkpoint(cfg, folder, lowest):
@@ -487,25 +397,6 @@ def show_recorded(recorded):
         print(f"{lead}recorded step {recorded['step']} | {' | '.join(shown)} | {recorded['seconds']:.0f} s", flush=True)
 
 
-class Interrupt:
-    """Ctrl-C (or SIGTERM) lets the step finish; then the loop saves and stops. A second one stops at once."""
-
-    def __enter__(self):
-        self.asked, self.before = False, {}
-        if threading.current_thread() is threading.main_thread():  # signals belong to the main thread
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.handle)
-        return self
-
-    def handle(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

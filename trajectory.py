@@ -15,8 +15,8 @@ import torch.distributed as dist
 import diffusion
 import eval as evaluation
 from batches import next_token_batch, shares
-from config import InputError, whole_file
-from parallel import decide, gather, rank, world_size
+from plumbing.config import InputError, whole_file
+from plumbing.parallel import gather, on_process_0, rank, world_size
 
 
 @torch.no_grad()
@@ -31,16 +31,16 @@ def record(run, step):
     cfg, train_set, tick = run.cfg, run.train_set, time.time()
     partial = run.folder / "trajectory" / f".{step:06d}.logprob"
     nll = sweep(run, partial, step)
-    sampling = {key: getattr(cfg, key) for key in evaluation.SAMPLING} | {"batch_size": cfg.sample_batch_size}
+    settings = {"samples": cfg.samples, "batch_size": cfg.sample_batch_size}
     accuracy, correct = None, np.full(len(train_set), np.nan, dtype=np.float32)
     if all(example["answer"] is not None for example in train_set.examples):
-        sampling["progress"] = progress(cfg, step, train_set)
-        accuracy, rows = evaluation.evaluate(run.student, run.tokenizer, train_set, **sampling)
+        settings["progress"] = progress(cfg, step, train_set)
+        accuracy, rows = evaluation.evaluate(run.student, run.tokenizer, train_set, cfg, **settings)
         correct = np.array([r["correct"] for r in rows], dtype=np.float32).reshape(len(train_set), -1).mean(1)
     line = {"step": step, "event": "record", "nll": nll, "accuracy": accuracy}
     if run.eval_set is not None:
-        sampling["progress"] = progress(cfg, step, run.eval_set)
-        line["eval_accuracy"], _ = evaluation.evaluate(run.student, run.tokenizer, run.eval_set, **sampling)
+        settings["progress"] = progress(cfg, step, run.eval_set)
+        line["eval_accuracy"], _ = evaluation.evaluate(run.student, run.tokenizer, run.eval_set, cfg, **settings)
 
     def write():
         path = partial.with_name(f"{step:06d}.npz")
@@ -50,7 +50,7 @@ def record(run, step):
                      step=step, sha256=train_set.sha256, tokenizer_hash=run.tokenizer.hash)  # fmt: skip
         partial.unlink()
 
-    decide(write)
+    on_process_0(write)
     return {**line, "seconds": round(time.time() - tick, 4)}
 
 
@@ -70,7 +70,7 @@ def sweep(run, partial, step):
         stored = np.memmap(partial, dtype="<f4", mode="r")
         return np.array([np.isfinite(stored[a:b]).all() for _, a, b in spans])
 
-    done = decide(begin)  # (n,) bool
+    done = on_process_0(begin)  # (n,) bool
     for rows in shares(run, np.arange(len(spans))):
         missing = any(not done[i] for row in rows for i in row)
         if not any(gather(missing)):
@@ -96,7 +96,7 @@ def sweep(run, partial, step):
                              "nothing written")  # fmt: skip
         return -total / int((spans[:, 2] - spans[:, 1]).sum())
 
-    return decide(finish)
+    return on_process_0(finish)
 
 
 def score(run, rows):

@@ -32,11 +32,12 @@ from safetensors.torch import load_file  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import model  # noqa: E402
-import resume  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 import trajectory  # noqa: E402
-from config import command, write_json  # noqa: E402
+from hf import families  # noqa: E402
+from plumbing import resume  # noqa: E402
+from plumbing.config import command, write_json  # noqa: E402
 
 PARTS = {"step": (train, "train_step"), "state": (resume, "save"), "checkpoint": (model, "save"),
          "sweep": (trajectory, "sweep"), "evaluation": (evaluation, "evaluate"),
@@ -68,7 +69,7 @@ def make_world():
 
 def write_students():
     """llada, llada2 and qwen3_moe beside data/toy-1, with its tokenizer."""
-    V = model.read_config("data/toy-1/untrained").vocab_size
+    V = families.read_config("data/toy-1/untrained").vocab_size
     ids = dict(mask_token_id=3, eos_token_id=0, pad_token_id=0)
     write_student("llada", dict(
         model_type="llada", vocab_size=V, d_model=32, mlp_hidden_size=48, n_layers=2, n_heads=4, n_kv_heads=4,
@@ -89,7 +90,7 @@ def write_students():
 def write_student(name, raw):
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", raw)
-        student = model.Transformer(model.read_config(folder)).init_weights(0, std=0.1)
+        student = model.Transformer(families.read_config(folder)).init_weights(0, std=0.1)
     model.save(student, "data/toy-1/untrained", name)
 
 

@@ -52,7 +52,7 @@ def test_packed_is_one_by_one(here, student, dtype, off, checkpointed):
     for row, examples in enumerate(rows):
         at = 0
         for i in examples:
-            one, its_targets = (torch.tensor(a) for a in data.collate(train_set, [i]))
+            one, its_targets = (torch.tensor(a) for a in batches.collate(train_set, [i]))
             expected = alone(one, its_targets)
             expected.sum().backward()
             assert torch.allclose(nll[row, at : at + size[i]], expected[0], atol=off, rtol=off)  # float32 in any case

@@ -4,13 +4,13 @@ import json
 import os
 from pathlib import Path
 
+import bench
 import pytest
 import torch
 import transformers
 
-import bench
 import toy
-from config import InputError
+from plumbing.config import InputError
 
 STUDENT = Path(__file__).parent.parent / "students" / "toy-1"
 

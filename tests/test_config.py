@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import config
-from config import InputError, load_select, parse, read_json, whole_file, whole_folder, write_json
+from plumbing import config, runs
+from plumbing.config import InputError, load_select, parse, read_json, whole_file, whole_folder, write_json
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(p.stem for p in ROOT.glob("*.py") if "\n    command(main, Config)" in p.read_text(encoding="utf-8"))
@@ -67,10 +67,10 @@ def test_a_word_that_cannot_be_read_is_named(word, says):
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
 
 
-def fields_by_ast(path):
-    """[(key, default as written)] of the file's dataclass Config, read without running it."""
+def fields_by_ast(path, name="Config"):
+    """[(key, default as written)] of a dataclass in the file, read without running it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     return [(n.target.id, ast.unparse(n.value)) for n in cls.body if isinstance(n, ast.AnnAssign)]
 
 
@@ -84,7 +84,10 @@ def test_help_names_every_key_with_default_and_meaning(name, capsys):
     assert text.startswith(module.__doc__.strip().splitlines()[0]) and f"python {name}.py" in text
     lines = {line.split("=")[0]: line for line in text.splitlines() if line.startswith("  --") and "=" in line}
     written = fields_by_ast(ROOT / f"{name}.py")
-    assert [f.name for f in dataclasses.fields(module.Config)] == [key for key, _ in written]
+    if issubclass(module.Config, sample.Sampling):
+        inherited = fields_by_ast(ROOT / "sample.py", "Sampling")
+        written += [(key, default) for key, default in inherited if key not in dict(written)]
+    assert {f.name for f in dataclasses.fields(module.Config)} == {key for key, _ in written}
     for key, default in written:
         shown, meaning = re.fullmatch(r'("[^"]*"|\S+)\s+(.*)', lines[f"  --{key}"].partition("=")[2]).groups()
         assert ast.literal_eval(shown) == ast.literal_eval(default), key
@@ -205,7 +208,8 @@ def test_a_failing_rename_leaves_the_old_folder(tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-import config
+import sample
+from plumbing import config
 rename = os.rename
 def dying(source, target):
     rename(source, target)
@@ -335,13 +339,13 @@ def test_select_is_loaded_under_a_name_of_its_own():
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/x", "x/../../y", "x/.."])
 def test_a_run_lies_in_runs(name):
     with pytest.raises(InputError, match="must be the name of a folder in runs/"):
-        config.run_folder(name)
-    assert config.run_folder("a/b") == Path("runs/a/b") and config.run_folder("..a") == Path("runs/..a")
+        runs.run_folder(name)
+    assert runs.run_folder("a/b") == Path("runs/a/b") and runs.run_folder("..a") == Path("runs/..a")
 
 
 def test_a_config_json_that_is_no_runs(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(InputError, match="config.json: not a run's config.json"):
-        config.run_keys(tmp_path)
+        runs.run_keys(tmp_path)
     (tmp_path / "config.json").write_text('{"config": {"lr": 1}}')
-    assert config.run_keys(tmp_path) == {"lr": 1}
+    assert runs.run_keys(tmp_path) == {"lr": 1}

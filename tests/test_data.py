@@ -16,8 +16,10 @@ import pytest
 import tokenizers
 import transformers
 
+import batches
 import data
-from config import InputError, read_json, write_json
+from hf import tokenizer as tokenizer_file
+from plumbing.config import InputError, read_json, write_json
 
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
               r"|\s+(?!\S)|\s+")  # fmt: skip
@@ -28,7 +30,7 @@ QWEN_ADDED = (
     "<tool_response> </tool_response> <think> </think>"
 ).split()  # from 151643 on; the first 14 are special
 SMOLLM2_MISSING = {4, 6, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
-BYTES = [c for c, _ in sorted(data.BYTE_OF_CHAR.items(), key=lambda item: item[1])]  # how byte i is spelled
+BYTES = [c for c, _ in sorted(tokenizer_file.BYTE_OF_CHAR.items(), key=lambda item: item[1])]  # how byte i is spelled
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 BARE = BYTE_LEVEL | {"use_regex": False}
 
@@ -61,7 +63,7 @@ def both(folder, made, **config):
     (folder / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
     if config:
         write_json(folder / "tokenizer_config.json", config)
-    return data.load_tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return tokenizer_file.load_tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def assert_same(ours, theirs, texts):
@@ -443,7 +445,7 @@ def sequence(*steps):
 def test_refused(tmp_path, made, says):
     (tmp_path / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
     with pytest.raises(InputError) as error:
-        data.load_tokenizer(tmp_path)
+        tokenizer_file.load_tokenizer(tmp_path)
     assert says in str(error.value) and str(error.value).startswith(f"{tmp_path / 'tokenizer.json'}: ")
     assert "\n" not in str(error.value)
 
@@ -452,14 +454,14 @@ def test_no_tokenizer_at_all(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(InputError, match="tokenizer.json: no such file"):
-            data.load_tokenizer(path)
+            tokenizer_file.load_tokenizer(path)
 
 
 def test_named_tokens(tmp_path):
     tokens = [added(256, "<s>"), added(257, "</s>"), added(258, "<mask>")]
     both(tmp_path, spec([*BYTES], tokens=tokens), eos_token={"content": "</s>", "lstrip": False}, pad_token="[PAD]")
     write_json(tmp_path / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "<s>", "mask_token": None})
-    ours = data.load_tokenizer(tmp_path)
+    ours = tokenizer_file.load_tokenizer(tmp_path)
     named = (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id, ours.mask_token_id)
     assert named == (256, 257, None, None) and ours.vocab_size == 259 and ours.special_ids == {256, 257, 258}
 
@@ -469,7 +471,7 @@ def test_a_named_token_that_is_no_text(tmp_path, token):
     write_json(tmp_path / "tokenizer.json", spec([*BYTES]))
     write_json(tmp_path / "tokenizer_config.json", {"bos_token": token})
     with pytest.raises(InputError, match="tokenizer_config.json: bos_token is neither a text nor an object with"):
-        data.load_tokenizer(tmp_path)
+        tokenizer_file.load_tokenizer(tmp_path)
 
 
 def test_a_backslash_before_an_h_is_no_hexadecimal_digit(tmp_path):
@@ -498,7 +500,7 @@ def test_the_hash_is_of_what_determines_ids(tmp_path):
     def hash_of(made, text=None, **config):
         (tmp_path / "tokenizer.json").write_text(text or json.dumps(made), encoding="utf-8")
         write_json(tmp_path / "tokenizer_config.json", config)
-        return data.load_tokenizer(tmp_path).hash
+        return tokenizer_file.load_tokenizer(tmp_path).hash
 
     def make(vocab=(*BYTES, "ab", "bc"), merges=("a b", "b c"), tokens=(("<s>", {}), ("<t>", {})), **more):
         return spec(list(vocab), merges, tokens=[added(258 + i, t, **k) for i, (t, k) in enumerate(tokens)], **more)
@@ -713,7 +715,7 @@ def test_where_a_template_lies(tmp_path):
     listed = [{"name": "rag", "template": other}, {"name": "default", "template": one}]
 
     def text(folder):
-        return data.load_tokenizer(folder).apply_chat_template(messages_of([("user", "é")]), tokenize=False)
+        return tokenizer_file.load_tokenizer(folder).apply_chat_template(messages_of([("user", "é")]), tokenize=False)
 
     chat_tokenizer(tmp_path, listed)
     assert text(tmp_path) == "éone"
@@ -724,7 +726,7 @@ def test_where_a_template_lies(tmp_path):
     for bad in (b"\xff", b"{% if %}", b"{{ '"):
         (tmp_path / "chat_template.jinja").write_bytes(bad)
         with pytest.raises(InputError, match="the chat template cannot be read"):
-            data.load_tokenizer(tmp_path)
+            tokenizer_file.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("template", [listed for listed in (
@@ -790,7 +792,7 @@ def test_every_form_of_a_line_becomes_prompt_and_response(here, capsys):
     assert sorted(os.listdir("out")) == ["examples.jsonl", "meta.json", "spans.npy", "tokens.bin"]
     assert {k: v for k, v in made.meta.items() if "sha256" not in k} == {
         "n_examples": 5, "n_tokens": len(expected), "too_long": 0, "max_tokens": 0, "verifier": "auto",
-        "source": "in.jsonl", "tokenizer_hash": data.load_tokenizer("student").hash,
+        "source": "in.jsonl", "tokenizer_hash": tokenizer_file.load_tokenizer("student").hash,
         "command": ["data.py", "--some=key"]}  # fmt: skip
     said = capsys.readouterr().out
     assert f"out: 5 examples, {len(expected):,} tokens" in said and "assistant\n|<think>" in said
@@ -992,7 +994,7 @@ def test_collate_against_loops(seed):
     made, rng = random_data(seed), np.random.default_rng(seed)
     indices = rng.permutation(len(made))[: rng.integers(1, 10)]
     for mask in (None, rng.random(len(made.tokens)) < 0.5):
-        ids, targets = data.collate(made, indices, mask)
+        ids, targets = batches.collate(made, indices, mask)
         T = max(made.spans[i, 2] - made.spans[i, 0] for i in indices)
         assert ids.shape == targets.shape == (len(indices), T) and ids.dtype == targets.dtype == np.int64
         for row, i in enumerate(indices):
@@ -1005,33 +1007,33 @@ def test_collate_against_loops(seed):
 
 
 def test_collate_of_nothing():
-    ids, targets = data.collate(random_data(0), np.arange(0))
+    ids, targets = batches.collate(random_data(0), np.arange(0))
     assert ids.tolist() == [[0]] and targets.tolist() == [[-100]]
 
 
 @pytest.mark.parametrize("n, batch_size", [(7, 1), (7, 3), (7, 6), (12, 4), (5, 4)])
 def test_steps_walk_through_one_permutation_after_another(n, batch_size):
-    stream = np.concatenate([data.step_examples(n, batch_size, step, seed=3) for step in range(4 * n)])
+    stream = np.concatenate([batches.step_examples(n, batch_size, step, seed=3) for step in range(4 * n)])
     epochs = stream[: len(stream) // n * n].reshape(-1, n)
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and len({tuple(e) for e in epochs}) > 1
     for step in reversed(range(4 * n)):  # a pure function: no order of calls, nothing remembered
-        chosen = data.step_examples(n, batch_size, step, seed=3)
+        chosen = batches.step_examples(n, batch_size, step, seed=3)
         assert chosen.tolist() == stream[step * batch_size : (step + 1) * batch_size].tolist()
-    other = np.concatenate([data.step_examples(n, batch_size, step, seed=4) for step in range(4 * n)])
+    other = np.concatenate([batches.step_examples(n, batch_size, step, seed=4) for step in range(4 * n)])
     assert (other != stream).any()
 
 
 @pytest.mark.parametrize("batch_size", [0, 5, 9])
 def test_a_batch_of_all_is_all_in_order(batch_size):
     for step in (0, 3):
-        assert data.step_examples(5, batch_size, step, 0).tolist() == [0, 1, 2, 3, 4]
+        assert batches.step_examples(5, batch_size, step, 0).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_gpt2s_spelling_of_bytes():
     """As tokenizers spells them, and every printable ASCII character as itself."""
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    assert set(data.BYTE_OF_CHAR) == set(byte_level.alphabet()) and len(BYTES) == 256
+    assert set(tokenizer_file.BYTE_OF_CHAR) == set(byte_level.alphabet()) and len(BYTES) == 256
     for text in ("".join(map(chr, range(0x300))), "中🙂"):
         spelt = "".join(piece for piece, _ in byte_level.pre_tokenize_str(text))
-        assert bytes(data.BYTE_OF_CHAR[c] for c in spelt) == text.encode()
-    assert all(data.BYTE_OF_CHAR[c] == ord(c) for c in string.ascii_letters + string.digits + string.punctuation)
+        assert bytes(tokenizer_file.BYTE_OF_CHAR[c] for c in spelt) == text.encode()
+    assert all(tokenizer_file.BYTE_OF_CHAR[c] == ord(c) for c in string.ascii_letters + string.digits + string.punctuation)

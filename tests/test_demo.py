@@ -9,7 +9,7 @@ import pytest
 
 import demo
 import toy
-from config import InputError, command
+from plumbing.config import InputError, command
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["base", "sft", "t3s", "inverse", "random", "rrt"]

@@ -18,15 +18,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from asking import ask
 from test_model_diffusion import make_llada2
 
 import data
 import diffusion
 import eval as evaluation
 import model
+import sample
 import toy
-from config import InputError, read_json, write_json
 from diffusion import corrupt_batch
+from hf import families
+from hf import tokenizer as tokenizer_file
+from plumbing.config import InputError, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 MASK, EOS, V, BLOCK = 48, 2, 50, 4
@@ -34,7 +38,7 @@ LENGTHS = [(3, 5), (5, 8), (2, 1), (6, 12)]  # tokens of prompt and response of 
 
 
 def make_student(attention, seed=0, std=0.4, **changes):
-    config = model.Config(**{**dict(
+    config = families.Config(**{**dict(
         model_type={"full": "llada", "block": "llada2_moe"}[attention], vocab_size=V, hidden_size=32,
         intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         rms_norm_eps=1e-6, rope_theta=1e4, attention=attention, block_length=BLOCK, eos_token_ids=[EOS],
@@ -411,7 +415,7 @@ PROMPTS = [[5, 6, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, MASK, 12], [40]]  # a 
 def trajectory(student, prompt, n, **keys):
     """[(canvas, positions written), ...] of one prompt; nothing ends it unless asked."""
     return [(canvas[0].tolist(), new[0].nonzero().flatten().tolist())
-            for canvas, new in diffusion.generate(student, [prompt], n, **{"eos_ids": (), **keys})]  # fmt: skip
+            for canvas, new in ask(sample.generate, student, [prompt], n, **{"eos_ids": (), **keys})]  # fmt: skip
 
 
 def llada_by_the_rules(student, prompt, n, block, steps, cfg=0.0, threshold=None, no_eos=False, eos_last=(),
@@ -590,7 +594,7 @@ def test_the_cache_holds_what_a_clean_pass_would_write(mini, monkeypatch):
         return plain(self, ids, *args, cache=cache, **keys)
 
     monkeypatch.setattr(model.Transformer, "forward", forward)
-    *_, (canvas, _) = diffusion.generate(mini, [MINI_PROMPTS[1]], 23, eos_ids=())
+    *_, (canvas, _) = ask(sample.generate, mini, [MINI_PROMPTS[1]], 23, eos_ids=())
     assert fed[0] == 8 and set(fed[1:]) == {4} and canvas.shape[1] == 32
     clean = model.Cache(mini.config, 1, 32)
     with torch.no_grad():
@@ -608,21 +612,20 @@ SETTINGS = [
 
 @pytest.mark.parametrize("keys", SETTINGS, ids=str)
 def test_answers_do_not_depend_on_batch_or_order(student, keys):
-    def ask(order, **more):
-        found = evaluation.sample(
-            student, [PROMPTS[i] for i in order], 20, seed=3, example_ids=[f"x{i}" for i in order], eos_ids={EOS},
+    def answers(order, **more):
+        found = ask(sample.sample, student, [PROMPTS[i] for i in order], 20, seed=3, example_ids=[f"x{i}" for i in order], eos_ids={EOS},
             **{"temperature": 0, "block_length": 4, **keys, **more})  # fmt: skip
         return dict(zip(order, found, strict=True))
 
-    together = ask([0, 1, 2, 3])
-    assert ask([3, 1, 0, 2]) == ask([0, 1, 2, 3], batch_size=3) == together
-    assert {i: ask([i])[i] for i in range(4)} == together
+    together = answers([0, 1, 2, 3])
+    assert answers([3, 1, 0, 2]) == answers([0, 1, 2, 3], batch_size=3) == together
+    assert {i: answers([i])[i] for i in range(4)} == together
     if keys.get("temperature") or "remasking" in keys:
-        other = evaluation.sample(student, PROMPTS, 20, **{"temperature": 0, **keys, "block_length": 4, "seed": 4},
+        other = ask(sample.sample, student, PROMPTS, 20, **{"temperature": 0, **keys, "block_length": 4, "seed": 4},
                                   example_ids=[f"x{i}" for i in range(4)], eos_ids={EOS})  # fmt: skip
         assert other != list(together.values())
     if student.config.attention == "block":
-        uncached = diffusion.sample(student, PROMPTS, 20, seed=3, example_ids=[f"x{i}" for i in range(4)],
+        uncached = ask(sample.write_in_blocks, student, PROMPTS, 20, seed=3, example_ids=[f"x{i}" for i in range(4)],
                                     eos_ids={EOS}, use_cache=False, **keys)  # fmt: skip
         assert uncached == list(together.values())
 
@@ -633,7 +636,7 @@ def test_tokens_are_drawn_from_the_softmax(student):
         logits = student(torch.tensor([[5, 6, 7, MASK]]))[0, 3].double()
     logits[MASK] = -torch.inf
     expected = 4000 * (logits / 0.8).softmax(-1).numpy()
-    drawn = diffusion.sample(student, [[5, 6, 7]] * 4000, 1, temperature=0.8, eos_ids=())
+    drawn = ask(sample.write_in_blocks, student, [[5, 6, 7]] * 4000, 1, temperature=0.8, eos_ids=())
     counts = np.bincount([answer[0] for answer in drawn], minlength=V)
     likely = expected > 10
     assert likely.sum() > 4 and counts[MASK] == 0
@@ -644,7 +647,7 @@ def test_tokens_are_drawn_from_the_softmax(student):
 def test_random_order_is_random():
     """LLaDA's remasking = random: which of 8 masks is filled first is uniform, whatever the model is sure of."""
     first = np.zeros(8)
-    steps = diffusion.generate(make_student("full"), [[5, 6, 7]] * 2000, 8, remasking="random")
+    steps = ask(sample.generate, make_student("full"), [[5, 6, 7]] * 2000, 8, remasking="random")
     _, new = next(steps)
     assert (new.sum(1) == 1).all()
     first = new[:, 3:].sum(0).numpy()
@@ -654,9 +657,9 @@ def test_random_order_is_random():
 def test_neither_the_mask_nor_ids_beyond_the_tokenizer_come_out(student):
     raw = student(torch.tensor([PROMPTS[1] + [MASK] * 3]))[0].softmax(-1)
     assert raw[:, MASK].max() > 1e-4 and raw[:, 40:].sum(-1).max() > 1e-2  # they could
-    answers = diffusion.sample(student, [PROMPTS[1]] * 50, 32, temperature=1.5, vocab_size=40, eos_ids=())
+    answers = ask(sample.write_in_blocks, student, [PROMPTS[1]] * 50, 32, temperature=1.5, vocab_size=40, eos_ids=())
     assert {len(a) for a in answers} == {32} and max(max(a) for a in answers) < 40
-    answers = diffusion.sample(student, [PROMPTS[1]] * 50, 32, temperature=1.5, eos_ids=())
+    answers = ask(sample.write_in_blocks, student, [PROMPTS[1]] * 50, 32, temperature=1.5, eos_ids=())
     assert not any(MASK in a for a in answers) and max(max(a) for a in answers) > 40
 
 
@@ -666,9 +669,9 @@ def test_confidence_is_the_probability_among_all_ids():
     logits[0, [MASK, 44]], logits[0, 7] = 3.0, 1.0
     total = 2 * math.exp(3.0) + math.e + V - 3
     for eos_rule, rest in (("free", 0.0), ("never", 1.0)):
-        rule = diffusion.Decoding(eos_rule=eos_rule, eos_ids=[EOS], vocab_size=40)
+        rule = sample.Decoding(eos_rule=eos_rule, eos_ids=[EOS], vocab_size=40)
         for temperature, u in ((0.0, None), (1e-9, torch.full((1,), 0.5, dtype=torch.float64))):
-            token, sure = diffusion.propose(logits.clone(), u, replace(rule, temperature=temperature), config)
+            token, sure = sample.propose(logits.clone(), u, replace(rule, temperature=temperature), config)
             assert token.tolist() == [7] and sure.dtype == torch.float64
             assert sure.item() == pytest.approx(math.e / (total - rest), rel=1e-14)
 
@@ -677,9 +680,9 @@ def test_two_tokens_that_float32_cannot_tell_apart_are_drawn_by_float64_probabil
     """1 + 1e-12 over 1e-12: the second has odds exp(1), in float32 they would be even."""
     config, logits = make_student("full").config, torch.full((1, V), -1e9, dtype=torch.float64)
     logits[0, 5], logits[0, 6] = 1.0, 1.0 + 1e-12
-    rule = diffusion.Decoding(temperature=1e-12, eos_ids=[], vocab_size=V)
+    rule = sample.Decoding(temperature=1e-12, eos_ids=[], vocab_size=V)
     for u, expected in ((0.26, 5), (0.28, 6)):  # 1 / (1 + e) = 0.269
-        token, _ = diffusion.propose(logits.clone(), torch.tensor([u], dtype=torch.float64), rule, config)
+        token, _ = sample.propose(logits.clone(), torch.tensor([u], dtype=torch.float64), rule, config)
         assert token.tolist() == [expected]
 
 
@@ -687,16 +690,16 @@ def test_decoding_stops_after_the_block_with_the_end(student):
     ended = 0
     for prompt in PROMPTS:
         likely, _ = with_an_end(student, prompt, 60, 4)
-        *_, (canvas, _) = diffusion.generate(likely, [prompt], 60, block_length=4, eos_ids={EOS})
+        *_, (canvas, _) = ask(sample.generate, likely, [prompt], 60, block_length=4, eos_ids={EOS})
         row = canvas[0].tolist()
         end, start = row.index(EOS, len(prompt)), len(prompt) if likely.config.attention == "full" else 0
         stop = start + (end - start) // 4 * 4 + 4
         assert MASK not in row[len(prompt) : stop] and set(row[stop:]) == {MASK}  # that block is whole, none behind it
         ended += stop < len(row) - 8
-        *_, (default, _) = diffusion.generate(likely, [prompt], 60, block_length=4)  # the model's own ids
+        *_, (default, _) = ask(sample.generate, likely, [prompt], 60, block_length=4)  # the model's own ids
         assert torch.equal(default, canvas)
-        assert diffusion.sample(likely, [prompt], 60, block_length=4) == [row[len(prompt) : end]]
-        answers = evaluation.sample(likely, PROMPTS, 60, temperature=0, block_length=4, eos_ids={EOS})
+        assert ask(sample.write_in_blocks, likely, [prompt], 60, block_length=4) == [row[len(prompt) : end]]
+        answers = ask(sample.sample, likely, PROMPTS, 60, temperature=0, block_length=4, eos_ids={EOS})
         assert answers[PROMPTS.index(prompt)] == row[len(prompt) : end]
     assert ended >= 3
 
@@ -715,24 +718,24 @@ def test_decoding_stops_after_the_block_with_the_end(student):
 ])  # fmt: skip
 def test_decoding_that_cannot_be(attention, keys, message):
     with pytest.raises(InputError, match=message):
-        next(diffusion.generate(make_student(attention), [PROMPTS[0]], **{"max_new_tokens": 24, **keys}))
+        next(ask(sample.generate, make_student(attention), [PROMPTS[0]], **{"max_new_tokens": 24, **keys}))
 
 
 def test_prompts_that_cannot_be():
     student = make_student("full")
     for prompt in ([], [V], [-1]):
         with pytest.raises(InputError, match="prompt 1 is empty or has an id outside"):
-            next(diffusion.generate(student, [[3], prompt], 8, block_length=8))
+            next(ask(sample.generate, student, [[3], prompt], 8, block_length=8))
     with pytest.raises(InputError, match="prompt 0 of 130 tokens .* context of 128"):
-        evaluation.sample(student, [[5] * 130], 8, block_length=8)
+        ask(sample.sample, student, [[5] * 130], 8, block_length=8)
     student.config = replace(student.config, mask_token_id=V)
     with pytest.raises(InputError, match="mask_token_id 50 is not one of"):
-        next(diffusion.generate(student, [[3]], 8))
+        next(ask(sample.generate, student, [[3]], 8))
     with torch.no_grad():
         student = make_student("full")
         student.lm_head.weight[7] = torch.nan
     with pytest.raises(InputError, match="not finite"):
-        next(diffusion.generate(student, [[3]], 8))
+        next(ask(sample.generate, student, [[3]], 8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -754,7 +757,7 @@ def world(tmp_path_factory):
             "embedding_size": raw["vocab_size"], "rope_theta": 1e4, "max_sequence_length": 128, "weight_tying": False,
             "activation_type": "silu", "mask_token_id": 3, "eos_token_id": 0, "pad_token_id": 0,
         })  # fmt: skip
-        student = model.Transformer(model.read_config(untrained)).init_weights(0, std=0.3)
+        student = model.Transformer(families.read_config(untrained)).init_weights(0, std=0.3)
         model.save(student, untrained, "llada")
     finally:
         os.chdir(before)
@@ -767,27 +770,29 @@ def test_eval_samples_from_a_diffusion_student(world, monkeypatch, capsys):
                               samples=2, block_length=8, device="cpu")  # fmt: skip
     rows, summary = results["llada"][1], read_json("runs/llada/eval/unseen.json")
     problems, student = data.load("data/toy-1/unseen"), model.load("llada")
-    tokenizer = data.load_tokenizer(Path("llada"))
+    tokenizer = tokenizer_file.load_tokenizer(Path("llada"))
     for row in rows:
         i = [e["id"] for e in problems.examples].index(row["id"])
-        ids = diffusion.sample(student, [problems.prompt(i).tolist()], 16, block_length=8, eos_ids={0},
+        ids = ask(sample.write_in_blocks, student, [problems.prompt(i).tolist()], 16, block_length=8, eos_ids={0},
                                vocab_size=tokenizer.vocab_size)[0]  # fmt: skip
         assert row["response"] == tokenizer.decode(ids) and "<|mask|>" not in row["response"]
     assert len(rows) == 6 and summary["block_length"] == 8 and summary["problems"] == 3
     capsys.readouterr()
 
 
-COMMAND = [sys.executable, str(ROOT / "diffusion.py"), "--model=llada", "--prompt=3+5*2-7+4?", "--max_new_tokens=16",
+COMMAND = [sys.executable, str(ROOT / "sample.py"), "--model=llada", "--prompt=3+5*2-7+4?", "--max_new_tokens=16",
            "--block_length=8", "--device=cpu"]  # fmt: skip
 
 
-def test_the_command_prints_a_line_per_pass_where_there_is_no_terminal(world):
+def test_into_a_pipe_goes_the_answer_alone(world):
     done = subprocess.run([*COMMAND, "--denoising_steps=4"], cwd=world, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.partition(":")[0] for line in lines[:2]] == ["pass 1, 4 tokens", "pass 2, 8 tokens"]
-    assert lines[0].count("░") == 12 and lines[1].count("░") == 8 and "\x1b" not in done.stdout
-    assert lines[-1].endswith("forward passes)")
+    student, tokenizer = model.load(world / "llada"), tokenizer_file.load_tokenizer(world / "llada")
+    prompt = tokenizer.encode_prompt([{"role": "user", "content": "3+5*2-7+4?"}])
+    [ids] = ask(sample.sample, student, [prompt], 16, block_length=8, denoising_steps=4, eos_ids={0},
+                vocab_size=tokenizer.vocab_size)  # fmt: skip
+    assert done.stdout == tokenizer.decode(ids) + "\n"
+
 
 
 def test_the_command_draws_on_a_terminal(world):
@@ -820,12 +825,5 @@ def test_the_command_refuses_in_one_line(world, monkeypatch, argument, message):
     given = dict(word[2:].split("=", 1) for word in [*COMMAND[2:5], COMMAND[6], "--block_length=8", argument])
     typed = {k: int(v) if k in ("max_new_tokens", "block_length") else v for k, v in given.items()}
     with pytest.raises(InputError, match=message) as error:
-        diffusion.main(**typed)
+        sample.main(**typed)
     assert "\n" not in str(error.value)
-
-
-def test_the_command_wants_a_diffusion_model(world, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    toy.write_student(Path("qwen"), 1)
-    with pytest.raises(InputError, match="qwen3 is no masked-diffusion model"):
-        diffusion.main(model="qwen", prompt="3?")

@@ -14,15 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from asking import ask
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import data
 import eval as evaluation
 import model
+import sample
 import toy
-from config import InputError, read_json, write_json
-from eval import extract, grade, value
+from hf import tokenizer as tokenizer_file
+from plumbing.config import InputError, read_json, write_json
+from verify import extract, grade, value
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,7 +144,7 @@ def test_an_unknown_verifier_is_refused():
 HOSTILE = r"""
 import resource
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
-from eval import grade
+from verify import grade
 M = 150_000
 texts = [
     "9" * 10**6, "#### " + "9" * M, "-" * M, "1," * M, "1,000" * M, ",000" * M + "x", "1/" * M, "1e" * M, "9^" * M,
@@ -216,7 +219,7 @@ def test_greedy_ids_equal_transformers(twin, name):
     ours, oracle = twin(name)
     eos = ours.config.eos_token_ids
     prompts, new = some_prompts(), 24
-    answers = evaluation.sample(ours, prompts, new, temperature=0)  # ends with the model's own ids
+    answers = ask(sample.sample, ours, prompts, new, temperature=0)  # ends with the model's own ids
 
     longest = max(LENGTHS)
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
@@ -236,7 +239,7 @@ def test_batch_size_and_order_change_no_answer(twin):
     names = [f"problem {i}" for i in range(len(prompts))]
 
     def answers(order, batch_size, temperature):
-        found = evaluation.sample(ours, [prompts[i] for i in order], 24, temperature, seed=4, eos_ids=eos,
+        found = ask(sample.sample, ours, [prompts[i] for i in order], 24, temperature, seed=4, eos_ids=eos,
                                   example_ids=[names[i] for i in order], batch_size=batch_size)  # fmt: skip
         return {names[i]: ids for i, ids in zip(order, found, strict=True)}
 
@@ -250,46 +253,46 @@ def test_batch_size_and_order_change_no_answer(twin):
 
 def test_more_tokens_continue_the_same_answer(twin):
     ours, _ = twin("qwen3")
-    short, long = (evaluation.sample(ours, some_prompts(), n, seed=1, eos_ids=()) for n in (6, 20))
+    short, long = (ask(sample.sample, ours, some_prompts(), n, 1.0, seed=1, eos_ids=()) for n in (6, 20))
     assert [ids[:6] for ids in long] == short and {len(ids) for ids in long} == {20}
 
 
 def test_seeds_and_example_ids_change_the_answer(twin):
     ours, _ = twin("qwen3")
     prompts = [[40, 41]] * 2
-    one, other = evaluation.sample(ours, prompts, 12, seed=1)
+    one, other = ask(sample.sample, ours, prompts, 12, 1.0, seed=1)
     assert one != other  # the same prompt, asked twice
-    assert evaluation.sample(ours, prompts, 12, seed=2)[0] != one
-    assert evaluation.sample(ours, prompts[:1], 12, seed=1, example_ids=[1]) == [other]
+    assert ask(sample.sample, ours, prompts, 12, 1.0, seed=2)[0] != one
+    assert ask(sample.sample, ours, prompts[:1], 12, 1.0, seed=1, example_ids=[1]) == [other]
 
 
 def test_the_end_is_not_part_of_the_answer(twin):
     ours, _ = twin("qwen3")
-    free = evaluation.sample(ours, some_prompts(), 20, temperature=0, eos_ids=())
+    free = ask(sample.sample, ours, some_prompts(), 20, temperature=0, eos_ids=())
     for n in (0, 3, 11):
         end = free[2][n]
-        stopped = evaluation.sample(ours, some_prompts(), 20, temperature=0, eos_ids=[end])
+        stopped = ask(sample.sample, ours, some_prompts(), 20, temperature=0, eos_ids=[end])
         assert stopped == [without_end(ids, [end]) for ids in free] and end not in sum(stopped, [])
 
 
 def test_rows_that_pad_the_embedding_never_come_out(twin):
     ours, _ = twin("qwen3")
     for temperature in (0, 1.0, 50.0):
-        ids = sum(evaluation.sample(ours, some_prompts(), 30, temperature, vocab_size=60), [])
+        ids = sum(ask(sample.sample, ours, some_prompts(), 30, temperature, vocab_size=60), [])
         assert max(ids) < 60
-    assert max(sum(evaluation.sample(ours, some_prompts(), 30, 50.0), [])) >= 60
+    assert max(sum(ask(sample.sample, ours, some_prompts(), 30, 50.0), [])) >= 60
 
 
 def test_bad_prompts_and_bad_logits_are_refused(twin):
     ours, _ = twin("qwen3")
     for prompt in ([], [97], [-1], [5, 200]):
         with pytest.raises(InputError, match="prompt 1 is empty or has an id outside"):
-            evaluation.sample(ours, [[5], prompt], 4)
+            ask(sample.sample, ours, [[5], prompt], 4)
     for keys in (dict(temperature=-1), dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1), dict(batch_size=0)):
         with pytest.raises(InputError, match=f"{list(keys)[0]} = .*out of range"):
-            evaluation.sample(ours, [[5]], 4, **keys)
+            ask(sample.sample, ours, [[5]], 4, **keys)
     with pytest.raises(InputError, match="max_new_tokens = 0"):
-        evaluation.sample(ours, [[5]], 0)
+        ask(sample.sample, ours, [[5]], 0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -298,7 +301,7 @@ def test_logits_that_are_not_finite_are_refused(bad, temperature):
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     with pytest.raises(InputError, match="not finite"):
-        model.next_token(logits, torch.full((2,), 0.5), temperature, 1.0, 0)
+        sample.next_token(logits, torch.full((2,), 0.5), temperature, 1.0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,7 +318,7 @@ def test_probabilities_equal_transformers(temperature, top_k, top_p):
     n = 20000
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     drawn = torch.stack([
-        torch.bincount(model.next_token(row.expand(n, 50), u, temperature, top_p, top_k), minlength=50) / n
+        torch.bincount(sample.next_token(row.expand(n, 50), u, temperature, top_p, top_k), minlength=50) / n
         for row in logits])  # fmt: skip
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     scores = TopKLogitsWarper(min(top_k, 50))(None, scores) if top_k else scores
@@ -328,13 +331,13 @@ def test_probabilities_equal_transformers(temperature, top_k, top_p):
 def test_ids_of_probability_zero_are_never_drawn():
     logits = torch.tensor([[-200.0, 0.0, -200.0, 0.0, -200.0]])
     for u, expected in ((0.0, 1), (0.4999, 1), (0.5001, 3), (1 - 2**-53, 3)):
-        assert model.next_token(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0, 0).item() == expected
+        assert sample.next_token(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0, 0).item() == expected
 
 
 def test_top_p_where_the_1024_likeliest_do_not_hold_it():
     """next_token sorts the whole vocabulary only then; the other row of the batch must not notice."""
     logits = torch.stack([torch.zeros(5000), torch.linspace(0, -40, 5000)])
-    kept = model.least_likely(torch.softmax(logits, -1), 0.9, 0) <= torch.softmax(logits, -1)
+    kept = sample.least_likely(torch.softmax(logits, -1), 0.9, 0) <= torch.softmax(logits, -1)
     expected = [TopPLogitsWarper(0.9)(None, row[None]).isfinite().sum().item() for row in logits[1:]]
     assert kept[0].all() and kept[1].sum().item() == expected[0]
 
@@ -432,7 +435,7 @@ def test_every_answer_and_a_summary_are_written(here, capsys):
     problems = data.load("data/toy-1/unseen")
     assert results["sft"][1] == rows and len(rows) == 12 * 2  # two samples each, as the run recorded
     assert [(row["id"], row["sample"]) for row in rows] == [(e["id"], s) for e in problems.examples for s in (0, 1)]
-    tokenizer = data.load_tokenizer(ROOT / "students/toy-1")
+    tokenizer = tokenizer_file.load_tokenizer(ROOT / "students/toy-1")
     for row, i in zip(rows, [i for i in range(12) for _ in range(2)], strict=True):
         assert row["answer"] == problems.examples[i]["answer"]
         assert row["extracted"] == (row["response"].rpartition(">")[2] or None)
@@ -540,7 +543,7 @@ def test_a_write_that_fails_leaves_what_was_there(here, monkeypatch):
     def disk_full(*args, **keys):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("config.os.fsync", disk_full)
+    monkeypatch.setattr("plumbing.config.os.fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
         evaluation.main(run="sft", limit=3)
     assert {path: Path("runs/sft/eval", path).read_bytes() for path in files("runs/sft/eval")} == before
@@ -556,7 +559,7 @@ def test_gsm8k_lines_end_to_end(here):
     data.main(source="gsm8k.jsonl", tokenizer=str(student), out="gsm8k")
     problems = data.load("gsm8k")
     assert problems.meta["verifier"] == "gsm8k" and [e["answer"] for e in problems.examples] == ["7", "2400", "-7"]
-    tokenizer = data.load_tokenizer(student)
+    tokenizer = tokenizer_file.load_tokenizer(student)
     for i, (_, response) in enumerate(questions):  # the reference answers are right, swapped ones are not
         text = tokenizer.decode(problems.response(i), skip_special_tokens=True)
         assert text == response and grade(text, problems.examples[i]["answer"], "gsm8k")

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 import data
-import memory
 import model
-import parallel
 import train
-from config import InputError
+from hf import families
+from plumbing import memory, parallel
+from plumbing.config import InputError
 
 
 def kept_bytes(function, without):
@@ -34,7 +34,7 @@ def kept_bytes(function, without):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("student", ["data/toy-1/untrained", "qwen3_moe", "llada", "llada2"])
 def test_what_a_block_keeps_is_counted_to_the_byte(here, student, dtype):
-    shape, T = model.read_config(student), 40
+    shape, T = families.read_config(student), 40
     if shape.num_experts and not hasattr(F, "grouped_mm"):
         pytest.skip("counts the grouped products of torch 2.10 and later")
     real = model.load(student, dtype=getattr(torch, dtype))
@@ -75,7 +75,7 @@ def test_shards_of_eight_processes(here):
         for student in ("data/toy-1/untrained", "qwen3_moe", "llada2"):
             planned = memory.dry_run(train.Config(model=student, max_row_tokens=10, gpus=8))
             with torch.device("meta"):
-                built = model.Transformer(model.read_config(student))
+                built = model.Transformer(families.read_config(student))
             parallel.parallelize(train.Config(), built, torch.device("cpu"))
             assert planned["weights: float32, sharded"] == sum(p.to_local().nbytes for p in built.parameters())
     finally:

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model
-from config import InputError
+from hf import families
+from plumbing.config import InputError
 
 SHAPE = dict(
     vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
@@ -185,7 +186,7 @@ def test_a_bool_mask_says_who_sees_whom(twin):
 def test_rows_picks_one_position_of_each_sequence(twin):
     student, ids = model.load(twin("qwen3")[0]), some_ids()
     rows = torch.tensor([4, 22, 0])
-    close(student(ids, rows=rows), student(ids)[torch.arange(3), rows][:, None])
+    close(student(ids, logits_at=rows), student(ids)[torch.arange(3), rows][:, None])
 
 
 def test_only_rows_with_a_target_get_logits(twin):
@@ -209,7 +210,7 @@ def test_cache_equals_no_cache_with_right_padded_prompts(twin, name):
         return oracle(ids[row : row + 1, : position + 1]).logits[0, -1]
 
     prompts = torch.where(torch.arange(9) < lengths[:, None], ids[:, :9], 96)  # 96: padding
-    logits = student(prompts, cache=cache, rows=lengths - 1)
+    logits = student(prompts, cache=cache, logits_at=lengths - 1)
     for row in range(3):
         close(logits[row, 0], expected(row, lengths[row] - 1), 1e-4)
     rows, at = [0, 1, 2], lengths.clone()
@@ -268,7 +269,7 @@ def test_router_computes_in_float32_under_autocast(twin):
 
 
 def test_init_weights_is_a_function_of_the_seed(twin):
-    config = model.read_config(twin("qwen3-moe-mixed")[0])
+    config = families.read_config(twin("qwen3-moe-mixed")[0])
     one, same, other = (model.Transformer(config).init_weights(seed) for seed in (1, 1, 2))
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), same.parameters(), strict=True))
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
@@ -363,7 +364,7 @@ def test_both_config_dialects_and_a_round_trip_that_transformers_reads(twin, cop
     raw = json.loads((hub / "config.json").read_text())
     assert "rope_parameters" in raw and "dtype" in raw
     (hub / "config.json").write_text(json.dumps(hub_dialect(raw)))
-    assert replace(model.read_config(hub), raw={}) == replace(model.read_config(folder), raw={})
+    assert replace(families.read_config(hub), raw={}) == replace(families.read_config(folder), raw={})
     with torch.no_grad():
         expected = oracle(ids).logits
         for source, limit in ((folder, 5 * 10**9), (hub, 20_000)):
@@ -488,26 +489,26 @@ def test_head_dim_that_config_does_not_say(copy, name, head_dim):
     edit_config(folder, remove=["head_dim"])
     theirs = AutoConfig.from_pretrained(folder)
     assert head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
-    assert head_dim == model.read_config(folder).head_dim
+    assert head_dim == families.read_config(folder).head_dim
 
 
 def test_values_come_from_config(copy):
     folder = copy("llama")
     edit_config(folder, remove=["rope_parameters", "num_key_value_heads"], rms_norm_eps=0.125, rope_theta=1234.5)
-    config = model.read_config(folder)
+    config = families.read_config(folder)
     assert (config.rms_norm_eps, config.rope_theta, config.num_key_value_heads) == (0.125, 1234.5, 4)
     assert not config.is_diffusion and config.attention == "causal" and config.mask_token_id is None
 
 
 def test_end_tokens_from_both_files(copy):
     folder = copy("llama")
-    assert model.read_config(folder).eos_token_ids == [3]
+    assert families.read_config(folder).eos_token_ids == [3]
     edit_config(folder, eos_token_id=[9, 4])
     (folder / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
-    assert model.read_config(folder).eos_token_ids == [4, 7, 9]
+    assert families.read_config(folder).eos_token_ids == [4, 7, 9]
     edit_config(folder, eos_token_id=None)
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert model.read_config(folder).eos_token_ids == [7]
+    assert families.read_config(folder).eos_token_ids == [7]
 
 
 # Published sizes. What the hub's config.json says, and the number of parameters on the model's card.
@@ -553,7 +554,7 @@ def on_disk(student):
     """{name on disk: shape} that `save` would write."""
     shapes = {}
     for name, p in [*student.named_parameters(), *student.named_buffers()]:
-        for disk_name, rows, index in model.disk_pieces(student.config, name):
+        for disk_name, rows, index in families.disk_pieces(student.config, name):
             shape = list(p.shape if index is None else p.shape[1:])
             if rows is not None:
                 assert rows.start == shapes.get(disk_name, [0])[0] and rows.stop - rows.start == shape[0]
@@ -565,7 +566,7 @@ def on_disk(student):
 def on_meta(raw, folder):
     (folder / "config.json").write_text(json.dumps(raw))
     with torch.device("meta"):
-        return model.Transformer(model.read_config(folder))
+        return model.Transformer(families.read_config(folder))
 
 
 @pytest.mark.parametrize("name", SIZES)

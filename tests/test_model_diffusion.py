@@ -16,6 +16,7 @@ from test_model import close, edit_config, on_disk, on_meta, randomize, refused,
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import model
+from hf import families
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LLaDA-8B
@@ -82,14 +83,14 @@ def test_llada_is_a_llama_without_causal_mask_and_without_shift(llada):
     (nll * weights).sum().backward()
     theirs = {llada_name(name): p.grad for name, p in oracle.named_parameters()}
     for name, p in student.named_parameters():
-        [(disk_name, _, _)] = model.disk_pieces(student.config, name)
+        [(disk_name, _, _)] = families.disk_pieces(student.config, name)
         close(p.grad, theirs.pop(disk_name))
     assert not theirs
     close(student(ids, attention="causal"), oracle(ids).logits)
 
 
 def test_llada_config(llada):
-    config = model.read_config(llada[0])
+    config = families.read_config(llada[0])
     assert config.is_diffusion and config.attention == "full"
     assert (config.mask_token_id, config.eos_token_ids, config.pad_token_id) == (89, [3], 3)
     assert (config.vocab_size, config.head_dim, config.rope_theta) == (97, 12, 500000.0)
@@ -284,7 +285,7 @@ def test_llada2_equals_the_loops(tmp_path, biases):
     (nll * weights).sum().backward()
     compared = Counter()
     for name, p in student.named_parameters():
-        for disk_name, rows, index in model.disk_pieces(student.config, name):
+        for disk_name, rows, index in families.disk_pieces(student.config, name):
             theirs = exact[disk_name].grad
             theirs = torch.zeros_like(w[disk_name]) if theirs is None else theirs  # an expert that nobody chose
             theirs = theirs if rows is None else theirs[rows]
@@ -317,7 +318,7 @@ def test_llada2_on_noisy_and_clean_copies_side_by_side(tmp_path):
 def test_router_equals_the_loops_and_every_part_of_it_matters(tmp_path):
     """At LLaDA2-mini's proportions. The bias moves the choice, never the weight of what is chosen."""
     c, _ = make_llada2(tmp_path, num_experts=32, n_group=8, topk_group=4, num_experts_per_tok=8)
-    router = model.Router(model.read_config(tmp_path))
+    router = model.Router(families.read_config(tmp_path))
     torch.manual_seed(6)
     with torch.no_grad():
         router.weight.normal_(), router.expert_bias.normal_(std=0.3)
@@ -368,11 +369,11 @@ def test_llada2_cache_is_exact_block_by_block(tmp_path):
 
 def test_llada2_config(tmp_path):
     make_llada2(tmp_path)
-    config = model.read_config(tmp_path)
+    config = families.read_config(tmp_path)
     assert config.is_diffusion and config.attention == "block" and config.block_length == 4
     assert (config.mask_token_id, config.moe_layers, config.partial_rotary_factor) == (60, {1, 2}, 0.5)
     edit_config(tmp_path, remove=["mask_token_id", "block_length"], vocab_size=157184)  # as in the released file
-    config = model.read_config(tmp_path)
+    config = families.read_config(tmp_path)
     assert config.mask_token_id == 156895 and config.block_length == 32
 
 

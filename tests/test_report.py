@@ -16,7 +16,9 @@ import data
 import report
 import toy
 import train
-from config import InputError, load_select, read_json, write_json
+from hf import tokenizer as tokenizer_file
+from plumbing import runs
+from plumbing.config import InputError, load_select, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "</pre><script>alert(1)</script><img src=http://example.org/x onerror='a'>&amp;\"5"
@@ -103,7 +105,7 @@ def test_every_token_carries_its_own_numbers(here):
     tokens = [(attributes, text) for attributes, text in Page("runs/sft/report.html").spans() if "title" in attributes]
     train_set, mask = data.load("data/traces"), np.load("runs/sft/selection/t3s/mask.npy")
     start, bottom = (np.load(f"runs/sft/trajectory/{step:06d}.npz")["logprob"] for step in (0, 2))
-    tokenizer = data.load_tokenizer(Path("data/toy-1/untrained"))
+    tokenizer = tokenizer_file.load_tokenizer(Path("data/toy-1/untrained"))
     response = np.flatnonzero(train_set.response_mask())
     assert len(tokens) == len(response)
     for (attributes, text), t in zip(tokens, response, strict=True):
@@ -149,7 +151,7 @@ def test_the_tables_say_what_the_files_say(here):
 
 
 def test_records_and_bifurcation_against_the_files(here):
-    curve = report.records("sft")
+    curve = runs.records("sft")
     assert curve["step"].tolist() == [0, 2, 4] and set(curve) == {"step", "nll", "accuracy", "eval_accuracy"}
     tracks = [np.load(f"runs/sft/trajectory/{step:06d}.npz")["logprob"] for step in (0, 2, 4)]
     response = data.load("data/traces").response_mask()

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 import data
 import model
-import resume
 import train
 import trajectory
-from config import InputError, load_select, read_json, write_json
+from plumbing import resume
+from plumbing.config import InputError, load_select, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 KEYS = faults.KEYS

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 import data
 import model
 import toy
-from config import InputError, load_select, read_json, write_json
+from hf import tokenizer as tokenizer_file
+from plumbing import runs
+from plumbing.config import InputError, load_select, read_json, write_json
 
 select = load_select()
 ROOT = Path(__file__).parent.parent
@@ -159,12 +161,12 @@ def test_main_writes_mask_and_statistics(run, capsys):
     assert stats["selected"] == mask.sum() and stats["response_tokens"] == run.response_mask().sum()
     assert stats["share"] == mask.sum() / run.response_mask().sum()
     assert stats["anchors"] + stats["yet_to_learn"] == pytest.approx(1)
-    tokenizer = data.load_tokenizer(Path("data/toy-1/untrained"))
+    tokenizer = tokenizer_file.load_tokenizer(Path("data/toy-1/untrained"))
     ids = run.tokens[run.response_mask()].tolist()
     top = stats["anchor_tokens"][0]
     assert top["seen"] == ids.count(top["id"]) and top["token"] == tokenizer.decode([top["id"]])
     assert chosen["sha256"] == run.sha256 and chosen["kind"] == "keep" and chosen["tau"] == 0.0
-    assert np.array_equal(select.load_mask(out, run), mask)
+    assert np.array_equal(runs.load_mask(out, run), mask)
     text = capsys.readouterr().out
     assert "bottleneck: step 2" in text and f"{stats['share']:.1%} stay in the loss" in text
     shown = text.split("example 0:\n")[1].split("\n")[0]  # not a terminal: brackets around what is dropped
@@ -179,7 +181,7 @@ def test_share_and_kind_and_bottleneck_keys(run):
     out = select.main(run="sft", kind="force", share=0.1, show=0)
     assert np.load(out / "mask.npy").sum() == round(0.1 * n)
     with pytest.raises(InputError, match="kind is force; an autoregressive student needs select.py --kind=keep"):
-        select.load_mask(out, run, "keep")
+        runs.load_mask(out, run, "keep")
     out = select.main(run="sft", bottleneck=4, show=0)
     assert read_json(out / "config.json")["bottleneck_step"] == 4
 
@@ -238,22 +240,22 @@ def test_masks_that_do_not_belong_are_refused(run):
     out = select.main(run="sft", show=0)
     toy.main(seed=2, teacher_problems=6, unseen_problems=2, pretrain_steps=1)
     with pytest.raises(InputError, match="made for another data set than data/toy-2/teacher"):
-        select.load_mask(out, data.load("data/toy-2/teacher"))
+        runs.load_mask(out, data.load("data/toy-2/teacher"))
     mask, chosen = np.load(out / "mask.npy"), read_json(out / "config.json")
     write_json(out / "config.json", {**chosen, "tokenizer_hash": "another"})
     with pytest.raises(InputError, match="made with another tokenizer"):
-        select.load_mask(out, run)
+        runs.load_mask(out, run)
     write_json(out / "config.json", chosen)
     for wrong in (mask[:-1], mask.astype(np.int8), ~mask):
         np.save(out / "mask.npy", wrong)
         with pytest.raises(InputError, match="mask.npy is no mask of the response tokens"):
-            select.load_mask(out, run)
+            runs.load_mask(out, run)
     np.save(out / "mask.npy", np.zeros_like(mask))
     with pytest.raises(InputError, match="the selection is empty"):
-        select.load_mask(out, run)
+        runs.load_mask(out, run)
     (out / "mask.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(InputError, match="mask.npy: cannot be read"):
-        select.load_mask(out, run)
+        runs.load_mask(out, run)
 
 
 def test_rrt_is_the_sum_of_three_models(run):
@@ -274,13 +276,13 @@ def test_rrt_is_the_sum_of_three_models(run):
         assert tensor.dtype == torch.float32
         exact = folders[1][name].double() + folders[3][name].double() - folders[2][name].double()
         assert (tensor.double() - exact).abs().max() < 1e-7
-    assert data.load_tokenizer(out).hash == run.meta["tokenizer_hash"]
+    assert tokenizer_file.load_tokenizer(out).hash == run.meta["tokenizer_hash"]
     with pytest.raises(InputError, match="rrt: a model folder, not a selection; go on from it with --model=runs/sft"):
-        select.load_mask(out, run)
+        runs.load_mask(out, run)
 
 
 def test_colours_on_a_terminal_only(run, monkeypatch):
-    tokenizer = data.load_tokenizer(Path("data/toy-1/untrained"))
+    tokenizer = tokenizer_file.load_tokenizer(Path("data/toy-1/untrained"))
     ids, picked = tokenizer.encode("1+2=3"), np.array([True, True, False, False, True])
     assert select.paint(tokenizer, ids, picked) == "1+⟦2=⟧3"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

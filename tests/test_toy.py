@@ -17,7 +17,10 @@ import data
 import eval as evaluation
 import model
 import toy
-from config import InputError
+import verify
+from hf import tokenizer as tokenizer_file
+from plumbing.config import InputError
+from sample import Sampling
 
 ROOT = Path(__file__).parent.parent
 STUDENTS = sorted((ROOT / "students").glob("toy-[0-9]*"))
@@ -121,7 +124,7 @@ def jsonl(path):
 
 
 def test_ids_equal_tokenizers_and_every_symbol_is_one(world):
-    ours = data.load_tokenizer(world / "untrained")
+    ours = tokenizer_file.load_tokenizer(world / "untrained")
     theirs = Tokenizer.from_file(str(world / "untrained/tokenizer.json"))
     symbols = [*"0123456789+-*=>?", "; ", *(word + " " for word in toy.FAMILIAR + toy.TEACHER), *toy.SPECIAL]
     assert all(len(ours.encode(symbol)) == 1 for symbol in symbols)
@@ -137,7 +140,7 @@ def test_ids_equal_tokenizers_and_every_symbol_is_one(world):
 
 
 def test_the_chat_template_equals_transformers(world):
-    ours, theirs = data.load_tokenizer(world / "untrained"), AutoTokenizer.from_pretrained(world / "untrained")
+    ours, theirs = tokenizer_file.load_tokenizer(world / "untrained"), AutoTokenizer.from_pretrained(world / "untrained")
     ask = [{"role": "user", "content": "3+5?"}]
     done = [*ask, {"role": "assistant", "content": "3+5=8; >8"}]
     assert ours.apply_chat_template(ask, add_generation_prompt=True, tokenize=False) == "<|user|>3+5?<|assistant|>"
@@ -162,15 +165,15 @@ def test_three_students_are_shipped_and_know_their_world(world):
     """Same tokenizer as toy.py writes now; greedily they hardly err, so what T3S can teach them is not to slip."""
     assert [student.name for student in STUDENTS] == ["toy-1", "toy-2", "toy-3"]
     unseen = data.load(world / "unseen")
-    untrained = data.load_tokenizer(world / "untrained")
+    untrained = tokenizer_file.load_tokenizer(world / "untrained")
     for folder in (ROOT / "students").iterdir():  # diffusion students too: one selects for the other
-        assert data.load_tokenizer(folder).hash == untrained.hash
+        assert tokenizer_file.load_tokenizer(folder).hash == untrained.hash
         assert (folder / "tokenizer.json").read_bytes() == (world / "untrained/tokenizer.json").read_bytes()
     for folder in STUDENTS:
-        tokenizer = data.load_tokenizer(folder)
+        tokenizer = tokenizer_file.load_tokenizer(folder)
         assert sum(path.stat().st_size for path in folder.iterdir()) < 600_000
-        greedy, _ = evaluation.evaluate(model.load(folder), tokenizer, unseen, temperature=0, max_new_tokens=60)
-        sampled, rows = evaluation.evaluate(model.load(folder), tokenizer, unseen, samples=3, max_new_tokens=60)
+        greedy, _ = evaluation.evaluate(model.load(folder), tokenizer, unseen, Sampling(temperature=0, max_new_tokens=60))
+        sampled, rows = evaluation.evaluate(model.load(folder), tokenizer, unseen, Sampling(max_new_tokens=60), samples=3)
         assert greedy > 0.85 and 0.5 < sampled < greedy - 0.05
         words = [row["response"].split()[0] for row in rows]
         assert sum(word in toy.FAMILIAR for word in words) > 10 * sum(word in toy.TEACHER for word in words)
@@ -211,11 +214,11 @@ def test_unseen_problems_are_in_no_other_file(tmp_path):
     for name, lines in found.items():
         for line in lines:
             assert line["answer"] == toy.solve(line["prompt"].removesuffix("?"))
-            assert name == "pretrain" or evaluation.grade(line["response"], line["answer"], "toy")
+            assert name == "pretrain" or verify.grade(line["response"], line["answer"], "toy")
 
 
 def test_the_data_folders_hold_the_traces(world):
-    teacher, tokenizer = data.load(world / "teacher"), data.load_tokenizer(world / "untrained")
+    teacher, tokenizer = data.load(world / "teacher"), tokenizer_file.load_tokenizer(world / "untrained")
     lines = jsonl(world / "teacher.jsonl")
     assert teacher.meta["verifier"] == "toy" and len(teacher) == len(lines) == 40
     for i, line in enumerate(lines):
@@ -240,7 +243,7 @@ def test_pretraining_writes_a_student_and_cleans_up(tmp_path, monkeypatch, capsy
     assert any(not torch.equal(trained[name], untrained[name]) for name in trained)
     diffusion = model.load("students/toy-diffusion-4")
     assert diffusion.config.is_diffusion and diffusion.config.mask_token_id == 3
-    hashes = {data.load_tokenizer(Path("students", name)).hash for name in ("toy-4", "toy-diffusion-4")}
+    hashes = {tokenizer_file.load_tokenizer(Path("students", name)).hash for name in ("toy-4", "toy-diffusion-4")}
     assert len(hashes) == 1  # so that the autoregressive one may select for it
     assert not any(Path("runs").iterdir())
     assert "pretrained student: students/toy-4" in capsys.readouterr().out

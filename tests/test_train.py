@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import batches
 import data
 import diffusion
 import model
 import toy
 import train
 import trajectory
-from config import InputError, load_select, read_json, write_json
+from hf import families
+from plumbing import runs
+from plumbing.config import InputError, load_select, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 N = 7  # training examples
@@ -103,7 +106,7 @@ def test_two_updates_against_plain_code(here):
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=1e-3,
                                   betas=(0.9, 0.999), weight_decay=0.1)  # fmt: skip
     for step, line in enumerate(log("short")):
-        total, count = brute_force_nll(student, train_set, data.step_examples(N, 4, step, 3))
+        total, count = brute_force_nll(student, train_set, batches.step_examples(N, 4, step, 3))
         optimizer.zero_grad()
         (total / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
@@ -170,7 +173,7 @@ def test_dropped_tokens_leave_loss_and_normaliser(here):
     mask = np.load(folder / "mask.npy")
     assert 0 < mask.sum() < train_set.response_mask().sum()
     train.main(run="t3s", selection=str(folder))
-    chosen = data.step_examples(N, 4, 0, 0)
+    chosen = batches.step_examples(N, 4, 0, 0)
     total, count = brute_force_nll(model.load("data/toy-1/untrained"), train_set, chosen, mask)
     line = next(line for line in log("t3s") if "loss" in line)
     assert line["loss"] == pytest.approx(total.item() / count, abs=1e-5) and line["supervised"] == count
@@ -195,7 +198,7 @@ def test_an_example_of_which_nothing_is_kept(here):
     sft(micro_batch_size=1)
     folder = load_select().main(run="sft", rule="all", bottleneck=2, show=0)
     mask, spans = np.load(folder / "mask.npy"), data.load("data/toy-1/teacher").spans
-    chosen = data.step_examples(N, 2, 0, 0)
+    chosen = batches.step_examples(N, 2, 0, 0)
     for i in chosen:
         mask[spans[i, 0] : spans[i, 2]] = False
     np.save(folder / "mask.npy", mask)
@@ -263,7 +266,7 @@ def test_checkpoints_kept_are_the_bottleneck_the_last_and_what_was_asked_for(her
     kept = sorted(int(path.name) for path in Path("runs/sft/checkpoints").iterdir())
     assert kept == [2, 3, 4, 5]  # 1 was the lowest for a while; 3 and 4 are equal, the earlier one counts
     from_disk = load_select().find_bottleneck({s: float(t["accuracy"]) for s, t in
-                                               load_select().load_trajectory("sft").items()})  # fmt: skip
+                                               runs.load_trajectory("sft").items()})  # fmt: skip
     assert from_disk == 3
 
 
@@ -275,8 +278,8 @@ def test_checkpoints_kept_are_the_bottleneck_the_last_and_what_was_asked_for(her
 def test_a_diffusion_update_is_the_objective_of_the_whole_step(here, student):
     """However a step is cut into micro-batches: its loss is that of corrupt_batch on all its examples at once."""
     more = dict(model=student, steps=1, seed=2, complementary=True)
-    train_set, shape = data.load("data/toy-1/teacher"), model.read_config(student)
-    chosen = data.step_examples(N, 4, 0, 2)
+    train_set, shape = data.load("data/toy-1/teacher"), families.read_config(student)
+    chosen = batches.step_examples(N, 4, 0, 2)
     length = int(np.diff(train_set.spans[chosen][:, ::2]).max())
     batch = diffusion.corrupt_batch(shape, train_set, chosen, seed=2, step=0, length=length, complementary=True)
     whole = model.load(student)
@@ -318,7 +321,7 @@ def test_a_diffusion_student_takes_an_autoregressive_selectors_choice(here, caps
     assert f"{mask.sum():,} tokens" in printed and "are always masked" in printed
     keys = read_json("runs/dllm/config.json")["config"]
     assert keys["lr"] == train.Config.lr and keys["micro_batch_size"] == train.Config.micro_batch_size
-    spans, mask_id = data.load("data/toy-1/teacher").spans, model.read_config("llada").mask_token_id
+    spans, mask_id = data.load("data/toy-1/teacher").spans, families.read_config("llada").mask_token_id
     forced = 0
     for batch in seen:
         for row, example in zip(batch["ids"].numpy(), batch["examples"], strict=True):
@@ -404,14 +407,14 @@ def test_two_processes_share_the_answers_of_one_evaluation(here):
     students = [str(ROOT / "students" / name) for name in ("toy-1", "toy-diffusion-1")]
     Path("answers.py").write_text(
         "import json, sys\nsys.path.insert(0, sys.argv[1])\n"
-        "import data, eval as evaluation, model, parallel, torch, train\n"
+        "import data, eval as evaluation, model, torch, train\nfrom hf.tokenizer import load_tokenizer\nfrom sample import Sampling\nfrom plumbing import parallel\n"
         "def answers(folder, indices):\n"
         "    cfg = train.Config(device='cpu')\n"
         "    device = train.start_processes(cfg)\n"
         "    student = model.load(folder, device, shard=lambda m: train.parallelize(cfg, m, device))\n"
-        "    tokenizer, problems = data.load_tokenizer(folder), data.load('data/toy-1/teacher')\n"
-        "    return evaluation.evaluate(student, tokenizer, problems, indices, samples=2, temperature=1.0,\n"
-        "                               max_new_tokens=40, batch_size=3)\n"
+        "    tokenizer, problems = load_tokenizer(folder), data.load('data/toy-1/teacher')\n"
+        "    return evaluation.evaluate(student, tokenizer, problems, Sampling(max_new_tokens=40), indices,\n"
+        "                               samples=2, batch_size=3)\n"
         "found = [answers(folder, indices) for folder in sys.argv[2:] for indices in (None, [0])]\n"
         "with open(f'answers-{parallel.world_size()}-{parallel.rank()}.json', 'w') as file: json.dump(found, file)\n"
         "train.parallel.end_processes()\n")  # fmt: skip
@@ -434,7 +437,8 @@ def test_nan_on_one_of_two_processes_stops_both_with_one_message(here):
     Path("nan.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import config, train
+from plumbing import config
+import train
 batches = train.micro_batches
 def spoiled(run, step):
     made = batches(run, step)
@@ -449,7 +453,7 @@ config.command(train.main, train.Config)
     lines = [line for line in done.stderr.splitlines() if "step 2: loss nan" in line]
     assert done.returncode != 0 and len(lines) == 1, done.stderr
     spans = data.load("data/toy-1/teacher").spans
-    examples = sorted(data.step_examples(N, 4, 1, 0), key=lambda i: spans[i, 0] - spans[i, 2])
+    examples = sorted(batches.step_examples(N, 4, 1, 0), key=lambda i: spans[i, 0] - spans[i, 2])
     assert f"not finite in the micro-batch of examples [{examples[1]}]; stopped, nothing saved" in lines[0]
     assert [line["step"] for line in log("nan")] == [1]
     assert [p.name for p in Path("runs/nan/resume").iterdir()] == ["000001"]

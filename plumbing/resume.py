@@ -18,19 +18,24 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from config import InputError, read_json, whole_file, write_json
-from parallel import decide, gather, rank, stop, world_size
+from plumbing.config import InputError, read_json, whole_file, write_json
+from plumbing.parallel import gather, on_process_0, rank, stop, world_size
 
 # keys that change no result (but rounding), so a resumed run may have others
 FREE = {"resume_every", "keep_checkpoints", "micro_batch_size", "sample_batch_size", "device", "compile", "packing",
@@ -52,7 +57,7 @@ def lock(folder):
             raise InputError(f"{folder}: another process is training this run right now") from None
 
     try:
-        decide(take)
+        on_process_0(take)
         yield
     finally:
         if file is not None:
@@ -91,12 +96,12 @@ def save(folder, student, optimizer, step, keep):
         for old in states(folder)[keep:]:
             forget(old)
 
-    decide(clear)
+    on_process_0(clear)
     writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
     with one_line(f"{path}: cannot be written; the states before it are untouched"):
         dcp.save(tensors(student, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
     files = hashes(aside)
-    decide(complete)
+    on_process_0(complete)
 
 
 def states(folder):
@@ -109,7 +114,7 @@ def newest(folder):
 
     Names every damaged file. Raises InputError if there are states and all of them are damaged.
     """
-    found = decide(lambda: [str(path) for path in states(folder)])
+    found = on_process_0(lambda: [str(path) for path in states(folder)])
     for path in map(Path, found):
         problem = damage(path)
         if problem is None:
@@ -123,7 +128,7 @@ def newest(folder):
 
 def damage(path):
     """What is wrong with a state, naming the file, or None: sizes and sha256 against its manifest."""
-    manifest = decide(lambda: read_manifest(path))
+    manifest = on_process_0(lambda: read_manifest(path))
     if isinstance(manifest, str):
         return manifest
     found = hashes(path)
@@ -261,3 +266,48 @@ def rewind(cfg, folder, step, changed):
     for path in [*damaged, *states(folder)[len(damaged) + cfg.keep_checkpoints :]]:
         forget(path)
     return lowest, records[-1][0] if records else None
+
+
+def start_run(run):
+    """Write runs/<run>/config.json -> has anything changed since it was written?
+
+    A run that is already there is never written over. With --resume=true it is gone on with, if keys, data, tokenizer
+    and selection are what they were; with --allow_changes=true whatever they are, and config.json says so.
+    """
+    cfg, folder, sha256 = run.cfg, run.folder, hashlib.sha256
+    git = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    keys = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "allow_changes")}
+    now = {
+        "config": keys, "command": sys.argv, "git": commit,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "sha256": run.train_set.sha256, "tokenizer_hash": run.tokenizer.hash,
+        "eval_sha256": run.eval_set and run.eval_set.sha256,
+        "selection_sha256": None if run.selected is None else sha256(np.packbits(run.selected)).hexdigest(),
+        "model_sha256": sha256(json.dumps(run.shape.raw, sort_keys=True).encode()).hexdigest(),
+    }  # fmt: skip
+
+    def write():
+        path = folder / "config.json"
+        if not path.exists():
+            (folder / "trajectory").mkdir(exist_ok=True)
+            write_json(path, now)
+            return False
+        if not cfg.resume:
+            raise InputError(f"{folder}: this run exists; --resume=true goes on with it, or give --run another name, "
+                             "or delete the folder")  # fmt: skip
+        before = read_json(path)
+        changes = differences(before, now)
+        if changes and not cfg.allow_changes:
+            text = "; ".join(f"{key}: then {then}, now {value}" for key, then, value in changes)
+            raise InputError(f"{folder}: not the run it was ({text}); --allow_changes=true goes on all the same")
+        if commit != before.get("git"):
+            print(f"the code is not the one that started this run: {before.get('git')}, now {commit}")
+        history = [*before.get("resumed", []), {"command": sys.argv, "git": commit, "changes": changes}]
+        write_json(path, {**now, "command": before["command"], "git": before.get("git"), "resumed": history})
+        return bool(changes)
+
+    return on_process_0(write)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 import data
 import model
-from config import InputError
-from parallel import world_size
+from plumbing.config import InputError
+from plumbing.parallel import world_size
 
 GIB = 2**30
 # dense bfloat16 tensor-core peaks of the makers' data sheets, by the exact name the driver gives: any other, no MFU

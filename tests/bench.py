@@ -1,8 +1,8 @@
 """Speed and memory against transformers and against the plain way, as ratios measured side by side in one run.
 
-    python bench.py                                                   # random weights of SmolLM2-135M's shape
-    python bench.py --what=train,generate --model=M --data=gsm8k_train.jsonl
-    python bench.py --what=loss                                       # one section: parity, train, generate, loss, moe
+    python tests/bench.py                                                   # random weights of SmolLM2-135M's shape
+    python tests/bench.py --what=train,generate --model=M --data=gsm8k_train.jsonl
+    python tests/bench.py --what=loss                                       # one section: parity, train, generate, loss, moe
 
 One function a section; each returns lines of the table that is printed at the end. A ratio is "how many times better
 than the other side" (faster, or smaller). The two sides take turns, step by step, and a ratio is the median of the
@@ -26,22 +26,28 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import nn
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the method shelf lies one folder up
 
-import batches as batching
-import data
-import diffusion
-import eval as evaluation
-import model
-import resume
-import train
-import trajectory
-from config import InputError, command, write_json
-from parallel import parallelize
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+import batches as batching  # noqa: E402
+import data  # noqa: E402
+import diffusion  # noqa: E402
+import model  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+import trajectory  # noqa: E402
+import verify  # noqa: E402
+from hf import families  # noqa: E402
+from hf import tokenizer as tokenizer_file  # noqa: E402
+from plumbing import resume  # noqa: E402
+from plumbing.config import InputError, command, write_json  # noqa: E402
+from plumbing.parallel import parallelize  # noqa: E402
 
 
 @dataclass
@@ -70,7 +76,7 @@ def main(**given):
           f"load average before the start {os.getloadavg()[0]:.1f}")  # fmt: skip
     lines = []
     with tempfile.TemporaryDirectory() as home:
-        folder = model.local_folder(cfg.model) if cfg.model else random_student(Path(home) / "student")
+        folder = families.local_folder(cfg.model) if cfg.model else random_student(Path(home) / "student")
         examples = real_examples(cfg, folder, home) if cfg.data else random_examples(folder)
         for name in names:
             started = time.time()
@@ -102,7 +108,7 @@ def random_student(folder):
         intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
         hidden_act="silu", rms_norm_eps=1e-5, rope_theta=100000, max_position_embeddings=8192,
         tie_word_embeddings=True, torch_dtype="float32"))  # fmt: skip
-    student = model.Transformer(model.read_config(folder)).init_weights(seed=0)
+    student = model.Transformer(families.read_config(folder)).init_weights(seed=0)
     save_file(student.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -113,7 +119,7 @@ def random_examples(folder, n=256):
     prompts = np.exp(rng.normal(4.48, 0.23, n)).astype(np.int64)  # on average 90 tokens
     ends = np.cumsum(prompts + np.exp(rng.normal(4.75, 0.42, n)).astype(np.int64))  # and 126
     starts = np.concatenate(([0], ends[:-1]))
-    tokens = rng.integers(0, model.read_config(folder).vocab_size, ends[-1]).astype(np.uint32)
+    tokens = rng.integers(0, families.read_config(folder).vocab_size, ends[-1]).astype(np.uint32)
     names = [{"id": str(i), "answer": None} for i in range(n)]
     return data.Data("random", tokens, np.stack([starts, starts + prompts, ends], 1), names, {}, "")
 
@@ -186,7 +192,7 @@ def free_memory():
 def parity_section(cfg, folder, examples, batch=4):
     from transformers import AutoModelForCausalLM
 
-    ids = torch.from_numpy(data.collate(examples, range(batch))[0])
+    ids = torch.from_numpy(batching.collate(examples, range(batch))[0])
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         ours, other = model.load(folder)(ids), theirs(ids).logits
@@ -195,7 +201,7 @@ def parity_section(cfg, folder, examples, batch=4):
     if cfg.data:
         from tokenizers import Tokenizer
 
-        ours, other = data.load_tokenizer(folder), Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        ours, other = tokenizer_file.load_tokenizer(folder), Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         texts = []
         for number, text in enumerate(Path(cfg.data).read_bytes().splitlines(), 1):
             _, messages, response, *_ = data.read_example(text, f"{cfg.data}, line {number}")
@@ -238,7 +244,7 @@ def train_section(cfg, folder, examples):
 def training(cfg, folder, examples, steps):
     """A train.Run without a folder; what bench.py's keys do not say is train.py's default."""
     keys = train.Config(steps=steps, batch_size=cfg.batch_size, micro_batch_size=max(1, cfg.batch_size // 2))
-    return train.Run(keys, torch.device("cpu"), None, folder, model.read_config(folder), None, examples, None, None)
+    return train.Run(keys, torch.device("cpu"), None, folder, families.read_config(folder), None, examples, None, None)
 
 
 def our_steps(run):
@@ -271,9 +277,9 @@ def trainer_steps(run, after_step):
 
     losses, batches, cfg = [], [], run.cfg
     for step in range(cfg.steps):
-        examples = data.step_examples(len(run.train_set), cfg.batch_size, step, cfg.seed)
+        examples = batching.step_examples(len(run.train_set), cfg.batch_size, step, cfg.seed)
         for rows in batching.shares(run, examples):
-            ids, targets = data.collate(run.train_set, [i for row in rows for i in row])
+            ids, targets = batching.collate(run.train_set, [i for row in rows for i in row])
             labels = F.pad(torch.from_numpy(targets), (1, 0), value=-100)[:, :-1]  # it shifts them itself
             batches.append({"input_ids": torch.from_numpy(ids), "labels": labels})
     a_step = len(batches) // cfg.steps
@@ -317,7 +323,7 @@ def generate_section(cfg, folder, examples, batch=16):
     answers, ends, own = {}, [], student.config.eos_token_ids
 
     def ours():
-        answers["ours"] = evaluation.sample(student, prompts, cfg.new_tokens, temperature=0, batch_size=batch,
+        answers["ours"] = sample.sample(student, prompts, sample.Sampling(max_new_tokens=cfg.new_tokens, temperature=0), batch_size=batch,
                                             eos_ids=ends)  # fmt: skip
 
     def other():
@@ -365,7 +371,7 @@ def loss_section(cfg, folder, examples, vocabulary=151936, width=512, rows=8192)
 
 def head_only(vocabulary, width, rows, share=1.0):
     """A Transformer without layers, ids and targets (rows / 64, 64) of which `share` are scored."""
-    config = model.Config("llama", vocabulary, width, width, 0, 1, 1, width, 1e-5, 1e4, tie_word_embeddings=True)
+    config = families.Config("llama", vocabulary, width, width, 0, 1, 1, width, 1e-5, 1e4, tie_word_embeddings=True)
     student = model.Transformer(config).init_weights(seed=0)
     ids = torch.randint(vocabulary, (rows // 64, 64), generator=torch.Generator().manual_seed(0))
     targets = ids.roll(1, dims=1)
@@ -406,7 +412,7 @@ def peaks_of_loss(side, threads, vocabulary, width, sizes):
 
 
 def moe_section(cfg, folder, examples, experts=256, width=1024, expert_width=256, rows=(32, 1024)):
-    config = model.Config(
+    config = families.Config(
         "llada2_moe", 1, width, width, 1, 1, 1, width, 1e-6, 1e4, num_experts=experts, num_experts_per_tok=8,
         moe_intermediate_size=expert_width, sigmoid_router=True, n_group=8, topk_group=4,
     )  # fmt: skip
@@ -522,7 +528,7 @@ STUDENT, PROBLEMS = "students/toy-diffusion-1", "data/toy-1/unseen"
 
 def diffusion_student(attention, vocabulary=4096, width=256, layers=4):
     """Random weights; attention full (LLaDA) or block (LLaDA2's blocks of 32, without experts)."""
-    config = model.Config(
+    config = families.Config(
         {"full": "llada", "block": "llada2_moe"}[attention], vocabulary, width, 2 * width, layers, 4, 4, width // 4,
         1e-6, 1e4, attention=attention, pad_token_id=0, eos_token_ids=[0], mask_token_id=1,
     )  # fmt: skip
@@ -589,7 +595,7 @@ def blocks_section(cfg, folder, examples, prompt=64, new_tokens=512):
     ids = [np.random.default_rng(0).integers(2, 4096, prompt).tolist()]
 
     def decode(use_cache):
-        answers[use_cache] = diffusion.sample(student, ids, new_tokens, use_cache=use_cache, eos_ids=())[0]
+        answers[use_cache] = sample.write_in_blocks(student, ids, sample.Sampling(max_new_tokens=new_tokens, temperature=0), use_cache=use_cache, eos_ids=())[0]
 
     seconds = taking_turns(-(-cfg.repeats // 2), lambda: decode(True), lambda: decode(False))
     same = sum(a == b for a, b in zip(answers[True], answers[False], strict=True))
@@ -604,7 +610,7 @@ def threshold_section(cfg, folder, examples, student=STUDENT, problems=PROBLEMS,
     if not (Path(student).is_dir() and Path(problems).is_dir()):
         print(f"threshold: left out, it needs {student} and {problems} (python toy.py --seed=1)")
         return []
-    tokenizer, unseen, student = data.load_tokenizer(Path(student)), data.load(problems), model.load(student)
+    tokenizer, unseen, student = tokenizer_file.load_tokenizer(Path(student)), data.load(problems), model.load(student)
     one, lines = decode_all(student, tokenizer, unseen, 1.0), []
     for threshold in thresholds:
         speed, accuracy = decode_all(student, tokenizer, unseen, threshold)
@@ -617,12 +623,12 @@ def decode_all(student, tokenizer, problems, threshold, new_tokens=48):
     """-> (tokens per denoising pass, accuracy). A pass counts for every answer into which it wrote."""
     prompts, written, passes = [problems.prompt(i).tolist() for i in range(len(problems))], 0, 0
     ends = {*student.config.eos_token_ids, tokenizer.eos_token_id, tokenizer.end_of_turn_id}
-    for canvas, new in diffusion.generate(student, prompts, new_tokens, threshold=threshold, eos_ids=ends,
+    for canvas, new in sample.generate(student, prompts, sample.Sampling(max_new_tokens=new_tokens, temperature=0, threshold=threshold), eos_ids=ends,
                                           vocab_size=tokenizer.vocab_size):  # fmt: skip
         written, passes, last = written + int(new.sum()), passes + int(new.any(1).sum()), canvas
-    answers = [diffusion.until_end(row[len(prompt) : len(prompt) + new_tokens], ends)
+    answers = [sample.until_end(row[len(prompt) : len(prompt) + new_tokens], ends)
                for row, prompt in zip(last.tolist(), prompts, strict=True)]  # fmt: skip
-    right = [evaluation.grade(tokenizer.decode(answer), example["answer"], problems.meta["verifier"])
+    right = [verify.grade(tokenizer.decode(answer), example["answer"], problems.meta["verifier"])
              for answer, example in zip(answers, problems.examples, strict=True)]  # fmt: skip
     return written / passes, float(np.mean(right))
 

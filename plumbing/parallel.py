@@ -8,7 +8,9 @@ is torch.distributed's, nothing is home-made. Next: resume.py.
 """
 
 import os
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -18,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from config import InputError
+from plumbing.config import InputError
 
 
 def start_processes(cfg):
@@ -131,7 +133,7 @@ def in_step(student):
             student(torch.zeros(1, 1, dtype=torch.int64, device=device))
 
 
-def decide(what):
+def on_process_0(what):
     """what() of process 0, on every process; if it fails there, all stop with that one message."""
     answer = [None, None]
     if rank() == 0:
@@ -165,3 +167,29 @@ def grad_norm(student):
     """The norm of all gradients over all processes, as a tensor; of shards it is no partial one."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def exists(path):
+    """On process 0's disk."""
+    return on_process_0(path.exists)
+
+
+class Interrupt:
+    """Ctrl-C (or SIGTERM) lets the step finish; then the loop saves and stops. A second one stops at once."""
+
+    def __enter__(self):
+        self.asked, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():  # signals belong to the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def handle(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

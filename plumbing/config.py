@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -65,12 +65,52 @@ def _typed(key, text, kind):
         raise InputError(f"--{key}={text}: the value must be {what}") from None
 
 
+def require(cfg, **allowed):
+    """Raise InputError for a key whose value is not allowed.
+
+        require(cfg, steps=(1, None), top_p=(above(0), 1), schedule=("cosine", "constant"))
+
+    A pair is a range, both ends included, None for an open end; above(x) and below(x) leave the end itself out. A tuple
+    of texts is a choice.
+    """
+    for key, rule in allowed.items():
+        value = getattr(cfg, key)
+        if any(isinstance(choice, str) for choice in rule):
+            if value not in rule:
+                raise InputError(f"--{key}={value}: must be {' or '.join(rule)}")
+            continue
+        least, most = rule
+        bounds = []
+        if least is not None:
+            bounds.append((f"more than {least}", value > least) if isinstance(least, above)
+                          else (f"at least {least}", value >= least))  # fmt: skip
+        if most is not None:
+            bounds.append((f"less than {most}", value < most) if isinstance(most, below)
+                          else (f"at most {most}", value <= most))  # fmt: skip
+        if not all(fine for _, fine in bounds):
+            raise InputError(f"--{key}={value}: must be {' and '.join(text for text, _ in bounds)}")
+
+
+class above(float):
+    """A lower end of a range that is not part of it."""
+
+    __str__ = float.__repr__
+
+
+class below(float):
+    """An upper end of a range that is not part of it."""
+
+
 def help_text(cls):
     """The docstring of the command's file and one line a key, read from the dataclass's own source."""
     lines = []
-    for line in inspect.getsource(cls).splitlines():
+    listed = set()
+    # the command's own keys first, then those of the dataclasses it inherits from
+    own = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
+    for line in "\n".join(map(inspect.getsource, own)).splitlines():
         match = re.match(r"    (\w+): \w+ = (.*?)(?:\s+# (.*))?$", line)
-        if match:
+        if match and match[1] not in listed:
+            listed.add(match[1])
             lines.append(f"  --{match[1]}={match[2]:<{max(1, 26 - len(match[1]))}} {match[3] or ''}".rstrip())
         elif line.strip().startswith("# "):
             lines.append(f"\n{line.strip()[2:]}")
@@ -181,21 +221,8 @@ def write_json(path, value):
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def run_folder(name):
-    """The folder of a run, runs/<name>. Raises InputError for a name that leads to another place; a/b is fine."""
-    path = PurePath(name)
-    if path.is_absolute() or not path.parts or ".." in path.parts:
-        raise InputError(f"--run={name}: must be the name of a folder in runs/, without .. and not from / on")
-    return Path("runs") / path
 
 
-def run_keys(folder):
-    """The keys that a run was trained with, from its folder's config.json. Raises InputError if they are not there."""
-    path = Path(folder) / "config.json"
-    keys = read_json(path).get("config")
-    if not isinstance(keys, dict):
-        raise InputError(f"{path}: not a run's config.json, it has no \"config\"")
-    return keys
 
 
 def load_select():
@@ -205,7 +232,7 @@ def load_select():
     interpreter was built. select.py's first lines tell the whole story.
     """
     if "t3s_select" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("t3s_select", Path(__file__).with_name("select.py"))
+        spec = importlib.util.spec_from_file_location("t3s_select", Path(__file__).resolve().parent.parent / "select.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules["t3s_select"] = module  # before exec: dataclasses look their module up
         spec.loader.exec_module(module)

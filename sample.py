@@ -1,0 +1,563 @@
+"""From a prompt to an answer, for both kinds of student.
+
+    python sample.py --model=M --prompt="Why is the sky blue?"      # M: a Hugging Face folder or hub id, any family
+    python sample.py --model=M --chat=true                          # several turns, until Ctrl-D
+
+On a terminal the answer appears while it is being written; into a file or a pipe goes the answer alone.
+
+An autoregressive student writes one token after the other. A masked-diffusion student fills a canvas of masks, block by
+block from left to right, the positions of a block in any order. `sample` serves both; eval.py and train.py call it.
+
+Shapes: B rows, T tokens of a row, V vocabulary, b rows whose answer is unfinished, N positions asked about.
+Next: eval.py.
+"""
+
+import sys
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+
+from data import uniforms
+from diffusion import check_objective
+from hf.families import local_folder
+from hf.tokenizer import load_tokenizer
+from model import Cache, load
+from plumbing.config import InputError, command
+from plumbing.parallel import pick_device
+
+
+@dataclass
+class Sampling:
+    # how answers are sampled
+    temperature: float = 1.0  # 0: greedy, always the likeliest token
+    top_p: float = 1.0  # nucleus sampling: the likeliest tokens that together have this probability
+    top_k: int = 0  # sample among this many likeliest tokens; 0: no limit
+    max_new_tokens: int = 1024  # length limit of an answer; one that reaches it counts as truncated
+    seed: int = 0  # of whatever is random
+    # how masked-diffusion students sample (autoregressive ones have no use for these)
+    block_length: int = 0  # tokens written together, from left to right; 0: LLaDA2's own; LLaDA min(32, max_new_tokens)
+    denoising_steps: int = 0  # forward passes for max_new_tokens; 0: as many as tokens
+    threshold: float = 0.0  # write at once every token whose probability exceeds this; 0: LLaDA2 0.95, LLaDA none
+    remasking: str = "low_confidence"  # which tokens stay masked for a later pass: low_confidence or random
+    cfg_scale: float = 0.0  # classifier-free guidance, LLaDA only
+    eos_rule: str = "free"  # end-of-text: free: like any token; last: after all others of its block; never: not at all
+    edit_threshold: float = -1.0  # LLaDA2.1: replace a written token when another's probability exceeds this; -1: never
+
+
+@dataclass
+class Config(Sampling):
+    model: str = ""  # the student: a Hugging Face folder or hub id
+    prompt: str = ""  # what it is asked
+    chat: bool = False  # ask again and again; every turn sees those before it
+    temperature: float = 0.0  # 0: greedy, always the likeliest token
+    max_new_tokens: int = 128  # length limit of an answer
+    device: str = ""  # cpu, cuda, ...; default: cuda if there is one
+    dtype: str = "float32"  # float32 or bfloat16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts in, answers out
+
+
+def sample(
+    model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None, batch_size=64, progress=None
+):
+    """Answer each prompt (a list of ids) -> a list of ids for each, up to and without an end-of-text id.
+
+    sampling     a Sampling; an answer of sampling.max_new_tokens ids was cut off
+    example_ids  names of the prompts; default 0, 1, ... What is drawn for a prompt is a pure function of (seed, its
+                 name, position), so an answer depends on no other prompt, batch or order. (Logits differ by rounding,
+                 1e-6 or so, with the shape of a batch, which can turn a near tie.)
+    eos_ids      ids that end an answer; default: the model's own
+    vocab_size   ids from here on (rows that pad the embedding) never come out
+    progress     called with the number of finished answers
+
+    Raises InputError for a value out of range, or a prompt the model cannot read.
+    """
+    check_sampling(model.config, prompts, sampling)
+    if batch_size < 1:
+        raise InputError(f"batch_size = {batch_size}: out of range (python eval.py --help says what it means)")
+    example_ids = range(len(prompts)) if example_ids is None else example_ids
+    eos_ids = set(model.config.eos_token_ids if eos_ids is None else eos_ids)
+    write = write_in_blocks if model.config.is_diffusion else write_left_to_right
+    answers = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: short memory shows at once
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        texts = write(
+            model,
+            [prompts[i] for i in batch],
+            sampling,
+            example_ids=[example_ids[i] for i in batch],
+            eos_ids=eos_ids,
+            vocab_size=vocab_size,
+        )
+        for i, text in zip(batch, texts, strict=True):
+            answers[i] = text
+        if progress:
+            progress(start + len(batch))
+    return answers
+
+
+def until_end(ids, eos_ids):
+    """The ids before the first end-of-text."""
+    return ids[: next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From logits to a token
+
+
+def check_sampling(config, prompts, sampling):
+    """Raises InputError for a value out of range, and for a prompt that is empty or has an id outside the vocabulary."""
+    for key, fine in (
+        ("temperature", sampling.temperature >= 0),
+        ("top_p", 0 < sampling.top_p <= 1),
+        ("top_k", sampling.top_k >= 0),
+        ("max_new_tokens", sampling.max_new_tokens > 0),
+    ):
+        if not fine:
+            value = getattr(sampling, key)
+            raise InputError(f"{key} = {value}: out of range (python eval.py --help says what it means)")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise InputError(f"prompt {number} is empty or has an id outside the vocabulary of {config.vocab_size}")
+
+
+def next_token(logits, u, temperature, top_p, top_k):
+    """logits (B, V), uniforms u (B,) -> ids (B,): inverse CDF over ids in their order; temperature 0: the likeliest.
+
+    As in transformers: temperature, then top_k, then top_p of what is left (with the id that crosses it). In float32,
+    with float64 logits in float64. Raises InputError for logits that are not finite.
+    """
+    if temperature == 0:
+        best, token = logits.max(-1)
+    else:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        p = torch.softmax(logits / temperature, -1)
+        if top_k or top_p < 1:
+            p = p.masked_fill(p < least_likely(p, top_p, top_k), 0)
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        best = cdf[:, -1]
+        # the first id whose cdf exceeds u: so its probability is not 0
+        token = torch.searchsorted(cdf, (u * best)[:, None], right=True).squeeze(1)
+    if not torch.isfinite(best).all():
+        raise InputError("the model's logits are not finite, nothing can be sampled from it")
+    return token
+
+
+def least_likely(p, top_p, top_k):
+    """The smallest probability that may still be sampled, (B, 1)."""
+    likeliest = p.topk(min(top_k or 1024, p.shape[-1])).values  # falling
+    # 1024 tokens rarely hold less than top_p; only then sort the whole vocabulary
+    if not top_k and (likeliest.sum(-1) < top_p).any():
+        likeliest = p.sort(descending=True).values
+    mass = likeliest.cumsum(-1, dtype=torch.float64)
+    total = mass[:, -1:] if top_k else 1.0
+    return likeliest.masked_fill(mass - likeliest >= top_p * total, torch.inf).amin(-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autoregressive students: one token after the other
+
+
+@torch.no_grad()
+def write_left_to_right(model, prompts, sampling, *, example_ids, eos_ids, vocab_size=None, heard=None):
+    """One batch of answers, lists of ids. Arguments as in `sample`; heard: called with every new token's row and id."""
+    device = next(model.parameters()).device
+    n = sampling.max_new_tokens
+    u = torch.from_numpy(np.stack([uniforms(sampling.seed, name, n) for name in example_ids])).to(device)  # (B, n)
+    cache = Cache(model.config, len(prompts), max(map(len, prompts)) + n)
+    logits = read_prompts(model, prompts, cache)  # (B, 1, V)
+    positions = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]  # (B, 1), of the next token
+
+    answers = [[] for _ in prompts]
+    finished = set()
+    rows = list(range(len(prompts)))  # whose answer each row of the batch is
+    for step in range(n):
+        token = next_token(logits[:, 0, :vocab_size], u[:, step], sampling.temperature, sampling.top_p, sampling.top_k)
+        for i, one in zip(rows, token.tolist(), strict=True):
+            if one in eos_ids:
+                finished.add(i)
+            elif i not in finished:
+                answers[i].append(one)
+                if heard:
+                    heard(i, one)
+        left = [row for row, i in enumerate(rows) if i not in finished]
+        if not left or step + 1 == n:
+            break
+        if len(left) <= len(rows) / 2:  # drop finished rows, but not one by one: each time copies the cache
+            index = torch.tensor(left, device=device)
+            rows = [rows[row] for row in left]
+            cache.keep_rows(index)
+            token, positions, u = token[index], positions[index], u[index]
+        logits = model(token[:, None], positions=positions + step, cache=cache)
+    return answers
+
+
+def read_prompts(model, prompts, cache):
+    """Fill the cache with the prompts -> logits behind each prompt's last token, (B, 1, V).
+
+    Prompts are padded on the right and each row has its own positions. What padding left in the cache lies at later
+    positions than its row has reached, and is overwritten before the row gets there.
+    """
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.zeros(len(prompts), lengths.max(), dtype=torch.int64)  # (B, T)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    parts = []
+    end = 0
+    while end < len(prompts):  # prompts of about the same length together: less padding to compute
+        start = end
+        while end < len(prompts) and lengths[end] >= 0.8 * lengths[start]:
+            end += 1
+        cache.rows = slice(start, end)
+        part = ids[start:end, : lengths[start:end].max()].to(device)
+        parts.append(model(part, cache=cache, logits_at=lengths[start:end].to(device) - 1))
+    cache.rows = slice(None)
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masked-diffusion students: a canvas of masks, filled block by block from left to right
+
+
+@dataclass
+class Decoding(Sampling):
+    """Sampling, with everything that was left to the model filled in."""
+
+    eos_ids: list = field(default_factory=list)  # ids that end an answer
+    vocab_size: int = 0  # ids from here on never come out; neither does the mask
+    schedule: list = field(default_factory=list)  # how many tokens each forward pass of a block writes at least
+
+
+MAX_POST_STEPS = 16  # passes in which a block without masks may still be edited (LLaDA2.1)
+
+
+def resolve_decoding(config, prompts, sampling, eos_ids=None, vocab_size=None):
+    """A Sampling -> a complete Decoding.
+
+    Raises InputError: a value out of range, a prompt that is empty, has an id outside the vocabulary or leaves no room
+    in the model's context, a block length that does not divide, fewer steps than blocks, a mask id outside the
+    vocabulary, LLaDA's keys for a block model.
+    """
+    check_objective(config)
+    check_sampling(config, prompts, sampling)
+    rule = Decoding(**{f.name: getattr(sampling, f.name) for f in fields(Sampling)})
+    blockwise = config.attention == "block"
+    rule.eos_ids = [i for i in (config.eos_token_ids if eos_ids is None else eos_ids) if i is not None]
+    rule.vocab_size = vocab_size or config.vocab_size
+    rule.block_length = rule.block_length or (config.block_length if blockwise else min(32, rule.max_new_tokens))
+    for key, fine in (
+        ("block_length", rule.block_length > 0),
+        ("threshold", 0 <= rule.threshold <= 1),
+        ("denoising_steps", rule.denoising_steps >= 0),
+        ("cfg_scale", rule.cfg_scale >= 0),
+        ("remasking", rule.remasking in ("low_confidence", "random")),
+        ("eos_rule", rule.eos_rule in ("free", "last", "never")),
+        ("edit_threshold", rule.edit_threshold <= 1),
+    ):
+        if not fine:
+            raise InputError(f"{key} = {getattr(rule, key)}: out of range (python eval.py --help says what it means)")
+    if blockwise and rule.block_length != config.block_length:
+        raise InputError(f"block_length = {rule.block_length}: this model was trained for {config.block_length}")
+    if blockwise and rule.cfg_scale:
+        raise InputError(f"cfg_scale = {rule.cfg_scale}: only for LLaDA, not for block models")
+    if rule.remasking == "random" and rule.threshold:
+        raise InputError("threshold and remasking = random exclude each other: a random order has no confidence")
+    if not blockwise and rule.max_new_tokens % rule.block_length:
+        raise InputError(f"block_length = {rule.block_length} does not divide max_new_tokens = {rule.max_new_tokens}")
+    for number, prompt in enumerate(prompts):
+        if 0 < config.max_position_embeddings < len(prompt) + rule.max_new_tokens:
+            raise InputError(
+                f"prompt {number} of {len(prompt)} tokens and max_new_tokens = {rule.max_new_tokens} are "
+                f"longer than the model's context of {config.max_position_embeddings}"
+            )
+    blocks = -(-rule.max_new_tokens // rule.block_length)
+    steps = rule.denoising_steps or blocks * rule.block_length
+    if steps < blocks or steps % blocks:
+        raise InputError(f"denoising_steps = {steps}: must be a multiple of the {blocks} blocks of the answer")
+    if blockwise and rule.remasking == "low_confidence":
+        rule.threshold = rule.threshold or 0.95
+    base, more = divmod(rule.block_length, steps // blocks)  # LLaDA: the first `more` passes write one token more
+    passes = [base + 1] * more + [base] * (steps // blocks - more)
+    rule.schedule = [count for count in passes if count]
+    return rule
+
+
+def write_in_blocks(model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None, use_cache=True):
+    """One batch of answers, lists of ids. Arguments as in `sample`."""
+    eos_ids = model.config.eos_token_ids if eos_ids is None else eos_ids
+    steps = generate(
+        model,
+        prompts,
+        sampling,
+        example_ids=example_ids,
+        eos_ids=eos_ids,
+        vocab_size=vocab_size,
+        use_cache=use_cache,
+    )
+    *_, (canvas, _) = steps
+    return [
+        until_end(row[len(prompt) : len(prompt) + sampling.max_new_tokens], eos_ids)
+        for row, prompt in zip(canvas.tolist(), prompts, strict=True)
+    ]
+
+
+@torch.no_grad()
+def generate(model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None, use_cache=True):
+    """Fill a canvas of masks behind each prompt (a list of ids); yields after every forward pass
+
+        canvas (B, T) int64: prompt, answer so far, masks up to the longest row   new (B, T) bool: written in this pass
+
+    LLaDA (full attention; ML-GSAI/LLaDA, generate.py): the answer is cut into blocks; a pass reads the whole canvas and
+    proposes a token for every mask of the block; those with the highest confidence stay, by a fixed schedule or, with
+    a threshold, all that exceed it (Fast-dLLM). LLaDA2: the blocks are those of the model, counted from position 0; a
+    pass reads the block and a cache of those before it. Arguments as in `sample`.
+
+    Confidence is the probability of the proposed token in the softmax of the raw logits, over the whole vocabulary, as
+    in LLaDA's code. (LLaDA2's own takes, at temperatures above 0, that after temperature, top_k and top_p.) A row ends
+    with the block in which an end-of-text token is found; its later masks are never looked at. What is drawn is a
+    function of (seed, example id, block, pass, position): one uniform a token, inverted through the distribution.
+    (LLaDA's float64 argmax of exp(logits) / (-ln u)^temperature draws from the same one, with a vocabulary of uniforms
+    for every token.)
+    """
+    config, device = model.config, next(model.parameters()).device
+    rule = resolve_decoding(config, prompts, sampling, eos_ids, vocab_size)
+    example_ids = list(range(len(prompts)) if example_ids is None else example_ids)
+    block = rule.block_length
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    starts = lengths // block * block if config.attention == "block" else lengths  # of each row's first block
+    ends = starts + -(-(lengths + rule.max_new_tokens - starts) // block) * block  # of its last one
+    canvas = torch.full((len(prompts), int(ends.max())), config.mask_token_id, device=device)
+    for row, prompt in zip(canvas, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+
+    cache = None
+    if use_cache and config.attention == "block":
+        cache = Cache(config, len(prompts), canvas.shape[1])
+        if starts.max() > 0:  # shorter prompts write masks behind them: overwritten before they are seen
+            model(canvas[:, : starts.max()], cache=cache, logits_at=torch.zeros_like(lengths))
+    rows = torch.arange(len(prompts), device=device)  # whose answers are not finished
+    number = 0  # which block of theirs
+    while len(rows):
+        span = (starts[rows] + number * block)[:, None] + torch.arange(block, device=device)  # (b, block)
+        noise_keys = [(f"{rule.seed} {number}", example_ids[row]) for row in rows.tolist()]
+        for written in denoise(model, canvas, rows, span, lengths, ends, rule, noise_keys, cache):
+            new = torch.zeros_like(canvas, dtype=torch.bool)
+            new[rows[:, None], span] = written
+            yield canvas.clone(), new
+        ids = canvas[rows[:, None], span]
+        ended = torch.isin(ids, torch.tensor(sorted(rule.eos_ids), device=device)) & (span >= lengths[rows, None])
+        left = ~ended.any(1) & (span[:, -1] + 1 < ends[rows])
+        if cache is not None and left.any():
+            if not left.all():
+                cache.keep_rows(left)
+            # keys and values made while there were masks are not those of the text: once more, without masks
+            model(ids[left], positions=span[left], cache=cache, logits_at=torch.zeros_like(rows[left]))
+        rows, number = rows[left], number + 1
+
+
+def denoise(model, canvas, rows, span, lengths, ends, rule, noise_keys, cache):
+    """Fill one block of the rows in place; yields what was written after every forward pass, (b, block) bool.
+
+    rows (b,) of the canvas and span (b, block): where their block lies. With an edit threshold, written tokens are
+    replaced as well, also for some passes after the last mask is gone (LLaDA2.1), until nothing changes.
+    """
+    answer = span >= lengths[rows, None]  # the first block may begin in the prompt
+    editing = rule.edit_threshold >= 0
+    settled = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)  # a pass without masks changed nothing
+    post = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)  # passes without masks
+    for step in range(len(rule.schedule) + MAX_POST_STEPS * editing):
+        ids = canvas[rows[:, None], span]  # (b, block)
+        masked = answer & (ids == model.config.mask_token_id)
+        unfinished = masked.any(1)
+        if editing:
+            post += ~unfinished
+            unfinished |= ~settled & (post <= MAX_POST_STEPS)
+        if not unfinished.any():
+            return
+        asked = (answer if editing else masked) & unfinished[:, None]
+        logits = predict(model, canvas, rows, span, lengths, ends, rule.cfg_scale, cache)  # (b, block, V)
+        u = order = None
+        if rule.temperature or rule.remasking == "random":
+            u, order = draws(noise_keys, step, span)  # (b, block) each
+        token, sure = propose(logits[asked], u if u is None else u[asked], rule, model.config)  # (N,) each
+        tokens = ids.masked_scatter(asked, token)
+        p = torch.zeros_like(ids, dtype=torch.float64).masked_scatter(asked, sure)  # (b, block)
+        if rule.remasking == "low_confidence":
+            order = p
+        if rule.eos_rule == "last":
+            order = order - torch.isin(tokens, torch.tensor(sorted(rule.eos_ids), device=rows.device)).double()
+        written = commit(order, masked, rule.schedule[min(step, len(rule.schedule) - 1)], rule.threshold)
+        if editing:
+            edited = asked & ~masked & (tokens != ids) & (p > rule.edit_threshold)
+            settled = ~masked.any(1) & ~edited.any(1)
+            written |= edited
+        canvas[rows[:, None], span] = torch.where(written, tokens, ids)
+        yield written
+
+
+def draws(noise_keys, step, span):
+    """Two uniforms for each position of the block, (b, block) each: for its token, and for a random order."""
+    n = span.shape[1]
+    u = np.stack([uniforms(f"{key} {step}", example, 2 * n) for key, example in noise_keys])
+    return torch.from_numpy(u).to(span.device).chunk(2, dim=1)
+
+
+def predict(model, canvas, rows, span, lengths, ends, cfg_scale, cache):
+    """Logits at the positions `span` of the rows, (b, block, V)."""
+    if cache is not None:
+        return model(canvas[rows[:, None], span], positions=span, cache=cache)
+    if model.config.attention == "block":
+        return model(canvas[rows, : span.max() + 1], logits_at=span)
+    ids = canvas[rows]
+    at = torch.arange(canvas.shape[1], device=rows.device)
+    seen = (at < ends[rows, None])[:, None, None]  # (b, 1, 1, T): no padding
+    if not cfg_scale:
+        return model(ids, attention="full" if seen.all() else seen, logits_at=span)
+    # classifier-free guidance: away from what the model would write without the prompt
+    blank = torch.where(at < lengths[rows, None], model.config.mask_token_id, ids)
+    both = model(torch.cat([ids, blank]), attention=seen.repeat(2, 1, 1, 1), logits_at=span.repeat(2, 1))
+    conditional, unconditional = both.chunk(2)
+    return unconditional + (cfg_scale + 1) * (conditional - unconditional)
+
+
+def propose(logits, u, rule, config):
+    """logits (N, V), uniforms (N,) -> a token for each position, and its probability, both (N,); all in float64.
+
+    As in LLaDA's code, the probability is that among all ids (but not end-of-text where it may never be written: its
+    logits_eos_inf), although the mask and what only pads the vocabulary cannot be proposed.
+    """
+    logits = logits.double()
+    if rule.eos_rule == "never":
+        logits[:, [i for i in rule.eos_ids if i < logits.shape[1]]] = -torch.inf
+    logp = logits.log_softmax(-1)
+    logits[:, config.mask_token_id] = -torch.inf
+    logits[:, rule.vocab_size :] = -torch.inf
+    token = next_token(logits, u, rule.temperature, rule.top_p, rule.top_k)
+    return token, logp.gather(1, token[:, None]).squeeze(1).exp()
+
+
+def commit(order, masked, count, threshold):
+    """Which masked positions are written now, (b, block): the `count` highest in `order`, or, where more exceed the
+    threshold, all of these. Ties go to the leftmost. (LLaDA2's >; Fast-dLLM's >= differs at exactly the threshold.)"""
+    rank = order.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    chosen = masked & (rank < count)
+    return chosen | (masked & (order > threshold)) if threshold else chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main(**given):
+    """Answer one prompt -> the answer's text. With --chat=true, one turn after the other until the input ends."""
+    cfg = Config(**given)
+    if not cfg.model:
+        raise InputError("--model is missing (--help lists the keys)")
+    if not cfg.prompt and not cfg.chat:
+        raise InputError("--prompt is missing (--help lists the keys); --chat=true asks for one turn after the other")
+    if cfg.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype={cfg.dtype}: must be float32 or bfloat16")
+    folder = local_folder(cfg.model)
+    device = pick_device(cfg.device)
+    tokenizer = load_tokenizer(folder)
+    student = load(folder, device, getattr(torch, cfg.dtype))
+    answer = ""
+    turns = []
+    for question in questions(cfg):
+        turns.append({"role": "user", "content": question})
+        answer = speak(student, tokenizer, turns, cfg)
+        turns.append({"role": "assistant", "content": answer})
+    return answer
+
+
+def questions(cfg):
+    """--prompt, if given; then, in a chat, the lines of standard input until it ends."""
+    if cfg.prompt:
+        yield cfg.prompt
+    while cfg.chat:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def speak(student, tokenizer, turns, cfg):
+    """Answer the last of the turns, showing the answer while it is written if this is a terminal -> its text."""
+    prompt = tokenizer.encode_prompt(turns)
+    eos_ids = {*student.config.eos_token_ids, tokenizer.eos_token_id, tokenizer.end_of_turn_id} - {None}
+    known = {"eos_ids": eos_ids, "vocab_size": tokenizer.vocab_size}
+    terminal = sys.stdout.isatty()
+    if student.config.is_diffusion and terminal:
+        answer = draw(student, tokenizer, prompt, cfg, known)
+    elif terminal:
+        answer = stream(student, tokenizer, prompt, cfg, known)
+    else:
+        [answer] = sample(student, [prompt], cfg, example_ids=[0], **known)
+    text = tokenizer.decode(answer)
+    if not terminal:
+        print(text, flush=True)
+    return text
+
+
+def stream(student, tokenizer, prompt, cfg, known):
+    """Print an autoregressive answer token by token -> its ids."""
+    ids, shown = [], ""
+
+    def show(row, token):
+        nonlocal shown
+        ids.append(token)
+        text = tokenizer.decode(ids).rstrip("\ufffd")  # the rest of a character may come with the next token
+        print(printable(text[len(shown) :]), end="", flush=True)
+        shown = text
+
+    [answer] = write_left_to_right(student, [prompt], cfg, example_ids=[0], heard=show, **known)
+    print(printable(tokenizer.decode(answer)[len(shown) :]))
+    return answer
+
+
+def draw(student, tokenizer, prompt, cfg, known):
+    """Draw the canvas after every forward pass, on a screen of its own -> the answer's ids."""
+    passes = written = 0
+    print("\x1b[?1049h", end="")
+    try:
+        for canvas, new in generate(student, [prompt], cfg, **known):
+            passes += 1
+            written += int(new.sum())
+            text = paint(tokenizer, canvas[0, len(prompt) :], new[0, len(prompt) :], student.config.mask_token_id)
+            print(f"\x1b[H\x1b[Jpass {passes}, {written} tokens\n\n{text}", flush=True)
+    finally:
+        print("\x1b[?1049l", end="")  # back to the ordinary screen
+    answer = until_end(canvas[0, len(prompt) : len(prompt) + cfg.max_new_tokens].tolist(), known["eos_ids"])
+    print(f"{printable(tokenizer.decode(answer))}\n({len(answer)} tokens, {passes} forward passes)", flush=True)
+    return answer
+
+
+def paint(tokenizer, ids, new, mask_id):
+    """The canvas as text: a shade for every mask, and what is new in green."""
+    kind = torch.where(ids == mask_id, 2, new.long()).tolist()
+    parts = []
+    at = 0
+    while at < len(ids):  # runs of equal kind together: a character may be cut over two tokens
+        end = at + 1
+        while end < len(ids) and kind[end] == kind[at]:
+            end += 1
+        text = "░" * (end - at) if kind[at] == 2 else printable(tokenizer.decode(ids[at:end]))
+        parts.append(f"\x1b[{(0, 32, 90)[kind[at]]}m{text}\x1b[0m")
+        at = end
+    return "".join(parts)
+
+
+def printable(text):
+    """What a model writes must not steer the terminal: control characters become U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+if __name__ == "__main__":
+    command(main, Config)
