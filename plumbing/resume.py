@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from plumbing.config import InputError, read_json, whole_file, write_json
 from plumbing.parallel import gather, on_process_0, rank, stop, world_size
+from plumbing.runs import mask_hash
 
 # keys that change no result (but rounding), so a resumed run may have others
 FREE = {"resume_every", "keep_checkpoints", "micro_batch_size", "sample_batch_size", "device", "compile", "packing",
@@ -286,7 +287,7 @@ def start_run(run):
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "sha256": run.train_set.sha256, "tokenizer_hash": run.tokenizer.hash,
         "eval_sha256": run.eval_set and run.eval_set.sha256,
-        "selection_sha256": None if run.selected is None else sha256(np.packbits(run.selected)).hexdigest(),
+        "selection_sha256": None if run.selected is None else mask_hash(run.selected),
         "model_sha256": sha256(json.dumps(run.shape.raw, sort_keys=True).encode()).hexdigest(),
     }  # fmt: skip
 

@@ -1,5 +1,17 @@
-"""The run folder: where things lie in it, how they are read, checked and inherited. No torch."""
+"""The run folder: where things lie in it, and how they are read, checked and inherited.
 
+    runs/sft/
+      config.json                 the keys it was trained with, command line, versions
+      log.jsonl                   one object per step
+      checkpoints/000020/         an ordinary Hugging Face folder
+      trajectory/000020.npz       log-probability of every response token, train accuracy
+      selection/t3s/              mask.npy, stats.json, config.json
+      eval/                       sampled answers with their grades
+
+No torch, because select.py and report.py read runs without a model. Next: plumbing/parallel.py.
+"""
+
+import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path, PurePath
@@ -9,91 +21,139 @@ import numpy as np
 from hf.families import local_folder, read_config
 from plumbing.config import InputError, read_json
 
-# with a student of the other kind (autoregressive, diffusion) than pass 1's, no other key of pass 1 is inherited
-OF_THE_EXPERIMENT = ("data", "eval_data", "seed", "record_every", "save_every", "samples", "max_new_tokens")
+# A diffusion student trained on an autoregressive student's selection (or the reverse) inherits
+# only these keys: they describe the experiment. A learning rate that suits one kind of student
+# says nothing about the other.
+OF_THE_EXPERIMENT = (
+    "data",
+    "eval_data",
+    "seed",
+    "record_every",
+    "save_every",
+    "samples",
+    "max_new_tokens",
+)
 NEVER_INHERITED = ("run", "selection", "resume", "allow_changes", "dry_run")
+OF_ONE_CALL = ("resume", "allow_changes", "dry_run")
+
+
+# -------------------------------------------------------------------------------------------------
+# Names and keys
 
 
 def run_folder(name):
-    """The folder of a run, runs/<name>. Raises InputError for a name that leads to another place; a/b is fine."""
+    """The folder of a run, runs/<name>; the name a/b is fine.
+
+    Raises InputError for a name that leads out of runs/.
+    """
     path = PurePath(name)
     if path.is_absolute() or not path.parts or ".." in path.parts:
-        raise InputError(f"--run={name}: must be the name of a folder in runs/, without .. and not from / on")
+        raise InputError(
+            f"--run={name}: must be the name of a folder in runs/, without .. or a leading /"
+        )
     return Path("runs") / path
 
 
 def run_keys(folder):
-    """The keys that a run was trained with, from its folder's config.json. Raises InputError if they are not there."""
+    """The keys that a run was trained with, from its config.json.
+
+    Raises InputError if they are not there.
+    """
     path = Path(folder) / "config.json"
     keys = read_json(path).get("config")
     if not isinstance(keys, dict):
-        raise InputError(f"{path}: not a run's config.json, it has no \"config\"")
+        raise InputError(f'{path}: not a run\'s config.json, it has no "config"')
     return keys
 
 
 def read_keys(folder, config_class):
-    """The keys of a run, from its config.json. Raises InputError for one that `config_class` does not have."""
+    """run_keys, less those of a single call.
+
+    Raises InputError for a key that `config_class` does not have.
+    """
     found = run_keys(folder)
-    unknown = sorted(set(found) - {f.name for f in fields(config_class)})
+    unknown = sorted(set(found) - {field.name for field in fields(config_class)})
     if unknown:
         raise InputError(f"{folder / 'config.json'}: unknown key {unknown[0]}")
-    return {key: value for key, value in found.items() if key not in ("resume", "allow_changes", "dry_run")}
+    return {key: value for key, value in found.items() if key not in OF_ONE_CALL}
 
 
 def of_pass_1(given, config_class):
-    """What pass 2 takes over from the run its selection came from.
+    """What pass 2 inherits from its selection's run -> keys; differences are printed.
 
-    A student of the same kind: every key but --run and --selection; those given differently are printed. A student of
-    the other kind (a diffusion student trained with an autoregressive selector's choice): only what describes the
-    experiment, since a learning rate or a number of steps that suit the one say nothing about the other; --model must
-    then be given.
+    A student of the same kind inherits every key but --run and --selection. A student of the
+    other kind (a diffusion student, autoregressive selector) inherits OF_THE_EXPERIMENT.
+    Raises InputError if the selection lies elsewhere or forces tokens of an autoregressive student.
     """
     folder = Path(given["selection"])
     if folder.parent.name != "selection":
-        raise InputError(f"--selection={folder}: must be a folder runs/<run>/selection/<name>, as select.py writes it")
+        raise InputError(
+            f"--selection={folder}: must be a folder runs/<run>/selection/<name>, "
+            "as select.py writes it"
+        )
     pass1 = read_keys(folder.parent.parent, config_class)
+    model = given.get("model", pass1["model"])
+    diffusion_before = read_config(local_folder(pass1["model"])).is_diffusion
+    diffusion_now = read_config(local_folder(model)).is_diffusion
     kind = read_json(folder / "config.json").get("kind")
+    if kind == "force" and not diffusion_now:
+        raise InputError(
+            f"{given['selection']}: a force selection is for a diffusion student, "
+            f"and {model} is autoregressive; name a diffusion student with --model"
+        )
+
     inherited = {key: value for key, value in pass1.items() if key not in NEVER_INHERITED}
-    other = given.get("model", pass1["model"])
-    is_diffusion = [read_config(local_folder(m)).is_diffusion for m in (pass1["model"], other)]
-    if kind == "force" and not is_diffusion[1]:
-        raise InputError(f"{given['selection']}: a force selection is for a diffusion student, and {other} is "
-                         "autoregressive; name one with --model")  # fmt: skip
-    if is_diffusion[0] != is_diffusion[1]:
+    if diffusion_before != diffusion_now:
         inherited = {key: pass1[key] for key in OF_THE_EXPERIMENT}
-        names = ("a diffusion", "an autoregressive") if is_diffusion[0] else ("an autoregressive", "a diffusion")
-        shown = " ".join(f"{key}={value}" for key, value in inherited.items() if key not in given)
-        print(f"pass 1 was {names[0]} student's, this is {names[1]} one; inherited: {shown}; all else is as given or "
-              "by default")  # fmt: skip
+        names = {True: "a diffusion", False: "an autoregressive"}
+        shown = [f"{key}={value}" for key, value in inherited.items() if key not in given]
+        print(
+            f"pass 1 trained {names[diffusion_before]} student, "
+            f"this is {names[diffusion_now]} one; "
+            f"inherited: {' '.join(shown)}; all other keys are the given ones or the defaults"
+        )
     for key, value in given.items():
         if key in inherited and inherited[key] != value:
             print(f"differs from pass 1: {key} = {value} (pass 1: {inherited[key]})")
     return inherited
 
 
+# -------------------------------------------------------------------------------------------------
+# What a run wrote
+
+
 def checkpoint(folder, step):
+    """Where theta_step lies."""
     return folder / "checkpoints" / f"{step:06d}"
 
 
 def find_checkpoint(name, trained, step):
-    """The folder and the step of a run's checkpoint; step -1 is the last, 0 the model it started from."""
-    folder = Path("runs") / name / "checkpoints"
-    steps = sorted(int(path.name) for path in folder.glob("[0-9]*"))
+    """A checkpoint of run `name` -> its folder, its step.
+
+    step -1 is the last one, step 0 the model that training started from; `trained` is run_keys.
+    Raises InputError if it was not kept.
+    """
+    folder = run_folder(name) / "checkpoints"
     if step == 0:
         return Path(trained["model"]), 0
-    if not steps or step not in [-1, *steps]:
-        have = ", ".join(map(str, steps)) or "none"
-        raise InputError(f"{folder}: no checkpoint{f' of step {step}' if step > 0 else ''} (there: {have})")
-    step = steps[-1] if step == -1 else step
+    kept = sorted(int(path.name) for path in folder.glob("[0-9]*"))
+    if not kept or step not in [-1, *kept]:
+        which = f" of step {step}" if step > 0 else ""
+        have = ", ".join(map(str, kept)) or "none"
+        raise InputError(f"{folder}: no checkpoint{which} (there: {have})")
+    if step == -1:
+        step = kept[-1]
     return folder / f"{step:06d}", step
 
 
 def records(run):
-    """What a run recorded: {"step", "nll", "accuracy", "eval_accuracy"} -> arrays over its recorded checkpoints.
+    """What a run recorded, one value per recorded checkpoint -> {key: array}.
 
-    eval_accuracy (on unseen problems) is left out if there was none. Raises InputError if nothing was recorded.
+    The keys are step, nll (nats per response token), accuracy, and eval_accuracy.
+    A key without values (eval_accuracy without --eval_data) is left out.
+    Raises InputError if nothing was recorded.
     """
-    path = Path("runs") / run / "log.jsonl"
+    path = run_folder(run) / "log.jsonl"
     if not path.exists():
         raise InputError(f"{path}: no such file; is {run} the name of a run?")
     try:
@@ -103,15 +163,16 @@ def records(run):
     lines = [line for line in lines if line.get("event") == "record"]
     if not lines:
         raise InputError(f"{path}: nothing was recorded; train with --record_every")
-    keys = [key for key in ("step", "nll", "accuracy", "eval_accuracy") if lines[0].get(key) is not None]
-    return {key: np.array([line[key] for line in lines], dtype=np.float64) for key in keys}
+    keys = ("step", "nll", "accuracy", "eval_accuracy")
+    present = [key for key in keys if lines[0].get(key) is not None]
+    return {key: np.array([line[key] for line in lines], dtype=np.float64) for key in present}
 
 
 def load_trajectory(run):
-    """runs/<run>/trajectory/*.npz -> {step: arrays}; an array is read from disk when it is asked for by its name.
+    """runs/<run>/trajectory/*.npz -> {step: arrays}; each array is read when it is asked for.
 
-    logprob (n_tokens,) float32, nan at prompts; correct (n_examples,); accuracy; step; sha256; tokenizer_hash.
-    Raises InputError if there are none, or if they are not all about the same data.
+    logprob (n_tokens,) float32 nats, nan at prompts; correct (n_examples,); accuracy; step; sha256;
+    tokenizer_hash. Raises InputError if there are none, or if they describe different data.
     """
     folder = run_folder(run) / "trajectory"
     found = {}
@@ -119,42 +180,79 @@ def load_trajectory(run):
         try:
             found[int(path.stem)] = np.load(path, allow_pickle=False)
             found[int(path.stem)]["accuracy"]
-        except Exception as error:  # zipfile and numpy raise a dozen kinds
+        except Exception as error:  # a damaged file raises a dozen kinds from zipfile and numpy
             raise InputError(f"{path}: not a complete trajectory file ({error})") from None
     if not found:
         raise InputError(f"{folder}: no trajectory; run train.py --run={run} with --record_every")
-    if len({str(t["sha256"]) for t in found.values()}) > 1:
+    if len({str(arrays["sha256"]) for arrays in found.values()}) > 1:
         raise InputError(f"{folder}: the files are not all about the same data")
     return found
 
 
-def load_mask(folder, data, kind="keep"):
-    """(n_tokens,) bool from a selection folder, for train.py.
+# -------------------------------------------------------------------------------------------------
+# Selections
 
-    Raises InputError if the mask was made for another data set, another tokenizer or the other kind of student, if it
-    is damaged, or if nothing is selected: no training can happen on a mask that does not belong to its tokens.
+
+def load_mask(folder, data, kind="keep"):
+    """A selection folder -> (n_tokens,) as stored: bool, or float32 >= 0, a weight in the loss.
+
+    data  the data.Data to train on
+    kind  "keep" for an autoregressive student, "force" for a diffusion student
+
+    Raises InputError if the selection was made for other data, another tokenizer or the other
+    kind of student, if it is damaged, or if nothing is selected.
     """
     folder = Path(folder)
     made = read_json(folder / "config.json")
-    if "model_type" in made:  # RRT's
-        raise InputError(f"{folder}: a model folder, not a selection; go on from it with --model={folder}")
+    if "model_type" in made:  # RRT writes a model where the other rules write a mask
+        raise InputError(
+            f"{folder}: a model folder, not a selection; go on from it with --model={folder}"
+        )
     if made.get("tokenizer_hash") != data.meta["tokenizer_hash"]:
-        raise InputError(f"{folder}: this selection was made with another tokenizer than {data.folder}")
+        raise InputError(
+            f"{folder}: this selection was made with another tokenizer than {data.folder}"
+        )
     if made.get("sha256") != data.sha256:
-        raise InputError(f"{folder}: this selection was made for another data set than {data.folder}")
+        raise InputError(
+            f"{folder}: this selection was made for another data set than {data.folder}"
+        )
     if made.get("kind") != kind:
         student = "an autoregressive" if kind == "keep" else "a diffusion"
-        raise InputError(f"{folder}: kind is {made.get('kind')}; {student} student needs select.py --kind={kind}")
+        raise InputError(
+            f"{folder}: kind is {made.get('kind')}; {student} student needs select.py --kind={kind}"
+        )
     try:
         mask = np.load(folder / "mask.npy", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{folder / 'mask.npy'}: cannot be read ({error}); run select.py again") from None
-    response = data.response_mask()
-    if mask.dtype != bool or mask.shape != response.shape or (mask & ~response).any():
-        raise InputError(f"{folder}: mask.npy is no mask of the response tokens of {data.folder}; run select.py again")
-    if not mask.any():
-        raise InputError(f"{folder}: the selection is empty, there is nothing to train on")
+        raise InputError(
+            f"{folder / 'mask.npy'}: cannot be read ({error}); run select.py again"
+        ) from None
+    check_mask(folder, mask, data, kind)
     return mask
 
 
-# with a student of the other kind (autoregressive, diffusion) than pass 1's, no other key of pass 1 is inherited
+def check_mask(folder, mask, data, kind):
+    """Raises InputError unless `mask` is a selection of data's response tokens."""
+    response = data.response_mask()
+    is_weight = mask.dtype == np.float32
+    if (
+        mask.shape != response.shape
+        or not (is_weight or mask.dtype == bool)
+        or mask[~response].any()
+    ):
+        raise InputError(
+            f"{folder}: mask.npy is no mask of the response tokens of {data.folder}; "
+            "run select.py again"
+        )
+    if is_weight and kind == "force":
+        raise InputError(f"{folder}: mask.npy holds weights, and a force selection must be bool")
+    if is_weight and not (np.isfinite(mask).all() and (mask >= 0).all()):
+        raise InputError(f"{folder}: mask.npy holds weights that are negative or not finite")
+    if not mask.any():
+        raise InputError(f"{folder}: the selection is empty, there is nothing to train on")
+
+
+def mask_hash(mask):
+    """What a resumed run compares, to notice that its selection has changed."""
+    stored = np.packbits(mask) if mask.dtype == bool else mask
+    return hashlib.sha256(stored.tobytes()).hexdigest()
