@@ -4,11 +4,11 @@
     python eval.py --run=sft --step=26 --samples=16         # one checkpoint, sixteen answers a problem
     python eval.py --model=FOLDER --data=FOLDER             # any Hugging Face folder or hub id
 
-What is not given comes from the first run's config: the data and how to sample. Every answer goes with its grade to
-runs/<run>/eval/<data>-<step>.jsonl, the summary to the .json beside it. Three parts below: the verifier (text -> right
-or wrong), the sampler (prompts -> token ids), the command. Next: report.py.
+Keys that are not given come from the first run's config: the data, and how to sample. Every answer
+is written with its grade to runs/<run>/eval/<data>-<step>.jsonl, the summary to the .json beside it.
 
-Shapes: B answers written at the same time, T tokens of the longest prompt, V vocabulary.
+Here: evaluate (a model and problems -> graded answers), the statistics, the command. How an answer
+is sampled is in sample.py, how it is graded in verify.py. Next: data.py.
 """
 
 import json
@@ -45,70 +45,80 @@ class Config(Sampling):
     dtype: str = "float32"  # float32 or bfloat16
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The verifier: nothing is evaluated, no pattern can backtrack far, so a hostile text costs time linear in its length
+# --------------------------------------------------------------------------------------------------
+# A model and problems -> graded answers
 
 
+def evaluate(
+    model, tokenizer, data, sampling, indices=None, samples=1, batch_size=64, progress=None
+):
+    """Let the model answer problems of a data.Data, and grade the answers -> (accuracy, rows).
 
+    sampling  a sample.Sampling
+    indices   which problems; default: all
+    samples   answers per problem
+    progress  called with the number of answers that are written, of all processes together
 
-
-
-
-
-
-
-
-
-
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The sampler
-
-
-
-
-
-
-def evaluate(model, tokenizer, data, sampling, indices=None, samples=1, batch_size=64, progress=None):
-    """Let the model answer problems of a data.Data, `samples` times each, and grade -> (accuracy, rows).
-
-    sampling: a sample.Sampling. indices: which problems, default all. Accuracy is the mean over all answers.
-    rows, samples of a problem side by side: {"id", "sample", "response", "extracted", "answer", "correct",
-    "truncated", "n_tokens"}. Of several processes each writes its share of the answers, and all return all of them.
-    Raises InputError for a problem without an answer.
+    Accuracy is the mean over all answers. Rows are in the order of the problems, the samples of a
+    problem side by side: {"id", "sample", "response", "extracted", "answer", "correct",
+    "truncated", "n_tokens"}. Of several processes each writes its share of the answers, and all
+    return all of them. Raises InputError for a problem without an answer to compare with.
     """
     indices = range(len(data)) if indices is None else [int(i) for i in indices]
-    asked = [(i, s) for i in indices for s in range(samples)]
+    asked = [(i, number) for i in indices for number in range(samples)]
     if not asked:
         raise InputError("no problem, or no sample, to evaluate")
     for i in indices:
         if data.examples[i].get("answer") is None:
-            raise InputError(f"example {data.examples[i]['id']} has no answer: accuracy needs one for every problem")
+            name = data.examples[i]["id"]
+            raise InputError(f"example {name} has no answer: accuracy needs one for every problem")
+
+    def report(done):
+        # the other processes are about as far as this one
+        progress(min(done * world_size(), len(asked)))
+
     mine = asked[rank() :: world_size()]
-    with in_step(model):
+    with in_step(model):  # a forward pass of a sharded model needs every process
         texts = sample(
-            model, [data.prompt(i).tolist() for i, _ in mine], sampling, batch_size=batch_size,
-            example_ids=[f"{data.examples[i]['id']} {s}" for i, s in mine],
-            eos_ids={*model.config.eos_token_ids, tokenizer.eos_token_id, tokenizer.end_of_turn_id},
-            progress=progress and (lambda done: progress(min(done * world_size(), len(asked)))),
+            model,
+            [data.prompt(i).tolist() for i, _ in mine],
+            sampling,
+            batch_size=batch_size,
+            # the name decides what is drawn: it must not depend on how the work is shared
+            example_ids=[f"{data.examples[i]['id']} {number}" for i, number in mine],
+            # chat models are trained to end a turn, which is not always the end of the text
+            eos_ids={
+                *model.config.eos_token_ids,
+                tokenizer.eos_token_id,
+                tokenizer.end_of_turn_id,
+            },
+            progress=report if progress else None,
             vocab_size=tokenizer.vocab_size,
-        )  # fmt: skip
-    rows, verifier = [], data.meta["verifier"]
-    for (i, s), ids in zip(mine, texts, strict=True):
-        response, answer = tokenizer.decode(ids), data.examples[i]["answer"]
-        rows.append({
-            "id": data.examples[i]["id"], "sample": s, "response": response, "extracted": extract(response, verifier),
-            "answer": answer, "correct": grade(response, answer, verifier),
-            "truncated": len(ids) == sampling.max_new_tokens, "n_tokens": len(ids),
-        })  # fmt: skip
+        )
+    rows = []
+    verifier = data.meta["verifier"]
+    for (i, number), ids in zip(mine, texts, strict=True):
+        response = tokenizer.decode(ids)
+        answer = data.examples[i]["answer"]
+        row = {
+            "id": data.examples[i]["id"],
+            "sample": number,
+            "response": response,
+            "extracted": extract(response, verifier),
+            "answer": answer,
+            "correct": grade(response, answer, verifier),
+            "truncated": len(ids) == sampling.max_new_tokens,
+            "n_tokens": len(ids),
+        }
+        rows.append(row)
+    # answer n was dealt to process n % P, as its n // P-th: back into the order of the problems
     parts = gather(rows)
     rows = [parts[n % len(parts)][n // len(parts)] for n in range(len(asked))]
     return float(np.mean([row["correct"] for row in rows])), rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics: the problem is the unit (arXiv 2411.00640), since answers to one problem are not independent
+# --------------------------------------------------------------------------------------------------
+# Statistics: the problem is the unit (arXiv 2411.00640), as answers to one problem are correlated
 
 
 def by_problem(rows, key="correct"):
@@ -116,88 +126,105 @@ def by_problem(rows, key="correct"):
     values = {}
     for row in rows:
         values.setdefault(row["id"], []).append(float(row[key]))
-    return {problem: float(np.mean(v)) for problem, v in values.items()}
+    return {problem: float(np.mean(several)) for problem, several in values.items()}
 
 
 def mean_interval(values):
     """Mean and half the width of its 95 % interval: 1.96 standard errors; nan for one value.
 
-    The normal approximation: too narrow for some dozens of problems, or if nearly all are right or nearly all wrong.
+    The normal approximation: too narrow for a few dozen problems, or if nearly all of them are
+    right or nearly all wrong.
     """
     values = np.asarray(values, dtype=np.float64)
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    error = math.nan
+    if len(values) > 1:
+        error = values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean()), float(1.96 * error)
 
 
 def pass_at_k(n, correct, k):
-    """Unbiased probability that one of k answers is right, given `correct` right of n >= k (arXiv 2107.03374)."""
+    """Unbiased probability that one of k answers is right, given `correct` right ones of n >= k
+    (arXiv 2107.03374): 1 - C(n - correct, k) / C(n, k), as a product that cannot overflow."""
     return 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))
 
 
 def summarize(rows, seconds):
-    """What the table shows: accuracy with interval, pass@k for k = samples, rates and means over all answers."""
-    accuracy, interval = mean_interval(list(by_problem(rows).values()))
+    """What the table shows: accuracy and its interval, pass@k for k = samples; rates and means are
+    over all answers."""
+    means = list(by_problem(rows).values())
+    accuracy, interval = mean_interval(means)
     samples = 1 + max(row["sample"] for row in rows)
-    passed = [pass_at_k(samples, round(mean * samples), samples) for mean in by_problem(rows).values()]
+    passed = [pass_at_k(samples, round(mean * samples), samples) for mean in means]
     return {
-        "accuracy": accuracy, "interval": interval, "pass_at_k": float(np.mean(passed)),
+        "accuracy": accuracy,
+        "interval": interval,
+        "pass_at_k": float(np.mean(passed)),
         "truncated": float(np.mean([row["truncated"] for row in rows])),
         "unparsed": float(np.mean([row["extracted"] is None for row in rows])),
-        "mean_tokens": float(np.mean([row["n_tokens"] for row in rows])), "seconds": round(seconds, 2),
-        "problems": len(passed), "samples": samples,
-    }  # fmt: skip
+        "mean_tokens": float(np.mean([row["n_tokens"] for row in rows])),
+        "seconds": round(seconds, 2),
+        "problems": len(passed),
+        "samples": samples,
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
 def main(**given):
-    """Evaluate every run and model that was named and print the table -> {name: (summary, rows)}."""
+    """Evaluate every run and model that was named and print the table -> {name: (summary, rows)}.
+
+    Raises InputError for keys that do not fit together, and for a model whose tokenizer is not the
+    one of the data, before anything is written.
+    """
     cfg, jobs = resolve(given)
     problems = load_data(cfg.data)
     indices = range(min(cfg.limit or len(problems), len(problems)))
-    settings = {"samples": cfg.samples, **{f.name: getattr(cfg, f.name) for f in fields(Sampling)}}
-    always = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
-    shown = [f"{k} {v}" for k, v in settings.items() if k in always or v != getattr(Config, k)]
-    print(f"{cfg.data}: {len(indices)} problems, verifier {problems.meta['verifier']}, {', '.join(shown)}")
+    settings = {"samples": cfg.samples}
+    settings |= {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
+    show_settings(cfg, settings, problems, len(indices))
     device = pick_device(cfg.device)
-    for _, folder, _ in jobs:  # all before the first one writes
+    for _, folder, _ in jobs:  # check all models before the first one writes
         if load_tokenizer(folder).hash != problems.meta["tokenizer_hash"]:
-            raise InputError(f"{cfg.data}: made with another tokenizer than {folder} has; run data.py with that folder")
+            message = f"{cfg.data}: made with another tokenizer than {folder} has"
+            raise InputError(f"{message}; run data.py with that folder")
+
     results = {}
     width = max(len(name) for name, _, _ in jobs)
-    print(f"{'':{width}}  accuracy         pass@{cfg.samples:<3} truncated  unparsed   tokens  seconds")
+    passed = f"pass@{cfg.samples:<3}"
+    print(f"{'':{width}}  accuracy         {passed} truncated  unparsed   tokens  seconds")
     for name, folder, out in jobs:
-        student, started = load(folder, device, getattr(torch, cfg.dtype)), time.time()
-        progress = status(name, len(indices) * cfg.samples)
-        _, rows = evaluate(student, load_tokenizer(folder), problems, cfg, indices, samples=cfg.samples,
-                           batch_size=cfg.batch_size, progress=progress)  # fmt: skip
+        student = load(folder, device, getattr(torch, cfg.dtype))
+        started = time.time()
+        _, rows = evaluate(
+            student,
+            load_tokenizer(folder),
+            problems,
+            cfg,
+            indices,
+            samples=cfg.samples,
+            batch_size=cfg.batch_size,
+            progress=status(name, len(indices) * cfg.samples),
+        )
         summary = summarize(rows, time.time() - started)
-        save(out, rows, {**summary, "model": str(folder), "data": cfg.data, "sha256": problems.sha256, **settings})
+        made = {"model": str(folder), "data": cfg.data, "sha256": problems.sha256}
+        save(out, rows, {**summary, **made, **settings})
         results[name] = (summary, rows)
-        s = summary
-        print(f"{name:{width}}  {s['accuracy']:.3f} ± {s['interval']:.3f}  {s['pass_at_k']:8.3f}  {s['truncated']:9.3f}"
-              f"  {s['unparsed']:8.3f}  {s['mean_tokens']:7.1f}  {s['seconds']:7.1f}")  # fmt: skip
+        print(f"{name:{width}}  {table_row(summary)}")
     compare(results)
     return results
 
 
 def resolve(given):
-    """The keys given -> a complete Config and the jobs: (name in the table, model folder, jsonl file to write)."""
+    """The keys given -> a complete Config, and the jobs: (name in the table, model folder, jsonl
+    file to write)."""
     asked = Config(**given)
     names = [name for name in asked.run.split(",") if name]
-    runs = [name for name in names if name != "base"]
     models = [folder for folder in asked.model.split(",") if folder]
-    if not names and not models:
-        raise InputError("nothing to evaluate: give --run or --model (--help lists the keys)")
-    if names and not runs:
-        raise InputError("--run=base needs another run beside it: base is the model that run started from")
-    trained = {name: run_keys(run_folder(name)) for name in runs}
-    if "base" in names and len({str(config["model"]) for config in trained.values()}) > 1:
-        raise InputError("--run: these runs started from different models, so there is no one base; use --model=FOLDER")
-    first = trained[runs[0]] if runs else {}
-    inherited = {f.name: first[f.name] for f in fields(Sampling) if f.name in first}
+    trained = trained_keys(names, models)
+    first = next(iter(trained.values()), {})
+    inherited = {field.name: first[field.name] for field in fields(Sampling) if field.name in first}
     if "samples" in first:
         inherited["samples"] = first["samples"]
     inherited["data"] = first.get("eval_data") or first.get("data", "")
@@ -206,45 +233,109 @@ def resolve(given):
         raise InputError("--data is missing: a folder made by data.py (--help lists the keys)")
     if cfg.dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype={cfg.dtype}: must be float32 or bfloat16")
-    stem, jobs = Path(cfg.data).resolve().name, []
+
+    stem = Path(cfg.data).resolve().name
+    jobs = []
     for name in names:
-        # the base is what every run was at step 0
-        folder, step = (Path(first["model"]), 0) if name == "base" else find_checkpoint(name, trained[name], cfg.step)
-        home = runs[0] if name == "base" else name
+        if name == "base":  # what every run was at step 0; its answers go to the first run
+            home = next(iter(trained))
+            folder = Path(first["model"])
+            step = 0
+        else:
+            home = name
+            folder, step = find_checkpoint(name, trained[name], cfg.step)
         jobs.append((name, folder, Path("runs") / home / "eval" / f"{stem}-{step:06d}.jsonl"))
     for folder in models:
-        path, home = Path(folder).resolve(), Path("runs").resolve()  # RRT's models lie in their run: answers go there
+        path = Path(folder).resolve()
+        home = Path("runs").resolve()
+        # models that lie in a run (as RRT's do) keep their answers there
         name = str(path.relative_to(home)) if path.is_relative_to(home) else path.name
         jobs.append((name, folder, Path("runs") / name / "eval" / f"{stem}.jsonl"))
-    for name, _, out in jobs:
-        if [job[2] for job in jobs].count(out) > 1 or [job[0] for job in jobs].count(name) > 1:
-            raise InputError(f"{name} is named twice, its answers would go to {out} twice")
+    refuse_twins(jobs)
     return cfg, [(name, local_folder(str(folder)), out) for name, folder, out in jobs]
 
 
+def trained_keys(names, models):
+    """{run: the keys it was trained with} of the runs among the names.
+
+    Raises InputError if nothing is named, or base without a run that tells which model it is.
+    """
+    if not names and not models:
+        raise InputError("nothing to evaluate: give --run or --model (--help lists the keys)")
+    trained = {name: run_keys(run_folder(name)) for name in names if name != "base"}
+    if "base" in names:
+        bases = {str(keys["model"]) for keys in trained.values()}
+        if not bases:
+            message = "--run=base needs another run beside it"
+            raise InputError(f"{message}: base is the model that run started from")
+        if len(bases) > 1:
+            message = "--run: these runs started from different models, so there is no one base"
+            raise InputError(f"{message}; use --model=FOLDER")
+    return trained
+
+
+def refuse_twins(jobs):
+    """Raises InputError if two jobs have one name, or would write one file."""
+    names = [name for name, _, _ in jobs]
+    files = [out for _, _, out in jobs]
+    for name, _, out in jobs:
+        if names.count(name) > 1 or files.count(out) > 1:
+            raise InputError(f"{name} is named twice, its answers would go to {out} twice")
+
+
+def show_settings(cfg, settings, problems, n_problems):
+    """Print what every model is asked, and how it is sampled."""
+    always = ("samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
+    shown = []
+    for key, value in settings.items():
+        # most keys concern diffusion students only: those that were left alone say nothing
+        if key in always or value != getattr(Config, key):
+            shown.append(f"{key} {value}")
+    verifier = problems.meta["verifier"]
+    print(f"{cfg.data}: {n_problems} problems, verifier {verifier}, {', '.join(shown)}")
+
+
+def table_row(summary):
+    cells = [
+        f"{summary['accuracy']:.3f} ± {summary['interval']:.3f}",
+        f"{summary['pass_at_k']:8.3f}",
+        f"{summary['truncated']:9.3f}",
+        f"{summary['unparsed']:8.3f}",
+        f"{summary['mean_tokens']:7.1f}",
+        f"{summary['seconds']:7.1f}",
+    ]
+    return "  ".join(cells)
 
 
 def save(out, rows, summary):
+    """Write the answers to `out`, a line each, and the summary to the .json beside it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as aside, open(aside, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     # the interval of a single problem is nan, which JSON does not have
-    write_json(out.with_suffix(".json"), {k: None if v != v else v for k, v in summary.items()})
+    finite = {key: None if value != value else value for key, value in summary.items()}
+    write_json(out.with_suffix(".json"), finite)
 
 
 def compare(results):
-    """Print each model's difference from the first one, problem by problem: that cancels how hard the problems are."""
+    """Print how each model differs from the first one, problem by problem: that cancels how hard
+    the problems are."""
     (first, (_, rows)), *others = results.items()
     base = by_problem(rows)
     for name, (_, rows) in others:
-        difference, interval = mean_interval([mean - base[problem] for problem, mean in by_problem(rows).items()])
-        print(f"{name} - {first}: {difference:+.3f} ± {interval:.3f} (paired, {len(base)} problems)")
+        differences = [mean - base[problem] for problem, mean in by_problem(rows).items()]
+        difference, interval = mean_interval(differences)
+        text = f"{difference:+.3f} ± {interval:.3f}"
+        print(f"{name} - {first}: {text} (paired, {len(base)} problems)")
 
 
 def status(name, total):
-    """A line that is rewritten after every batch, on a terminal."""
+    """A progress line that is rewritten after every batch, on a terminal."""
+
     def show(done):
-        print(f"\r\x1b[K{name}: {done}/{total} answers" if done < total else "\r\x1b[K", end="", flush=True)
+        text = f"{name}: {done}/{total} answers" if done < total else ""
+        print(f"\r\x1b[K{text}", end="", flush=True)
+
     return show if sys.stdout.isatty() else None
 
 

@@ -1,20 +1,18 @@
-"""eval.py: greedy ids and sampling probabilities against transformers, the verifier, statistics, the command."""
+"""eval.py: graded answers, statistics, the command; and sample.py's ids against transformers."""
 
 import functools
 import itertools
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from asking import ask
+from asking import ask, files, lines
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -22,154 +20,11 @@ import data
 import eval as evaluation
 import model
 import sample
-import toy
 from hf import tokenizer as tokenizer_file
-from plumbing.config import InputError, read_json, write_json
-from verify import extract, grade, value
+from plumbing.config import InputError, read_json
+from verify import grade
 
 ROOT = Path(__file__).parent.parent
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The verifier
-
-
-@pytest.mark.parametrize("text, number", [
-    # whole numbers as people and models write them
-    ("7", 7), ("007", 7), ("+7", 7), ("-7", -7), ("\u22127", -7), ("-0", 0), ("7.", 7), ("7.0", 7), ("7.000", 7),
-    ("1,234", 1234), ("1{,}234", 1234), (r"1\,234", 1234), ("12,345,678.50", Fraction(24691357, 2)),
-    # fractions
-    ("3/4", Fraction(3, 4)), ("6/8", Fraction(3, 4)), ("0.75", Fraction(3, 4)), (".75", Fraction(3, 4)),
-    (r"\frac{3}{4}", Fraction(3, 4)), (r"\dfrac{3}{4}", Fraction(3, 4)), (r"\tfrac34", Fraction(3, 4)),
-    (r"\frac 3 4", r"\frac34"), (r"-\frac{3}{4}", Fraction(-3, 4)), (r"\frac{-3}{4}", Fraction(-3, 4)),
-    (r"\frac{ 3 }{ 4 }", Fraction(3, 4)), (r"1\frac{1}{2}", Fraction(3, 2)), (r"-1\frac{1}{2}", Fraction(-3, 2)),
-    (r"2\dfrac12", Fraction(5, 2)), ("8/2", 4),
-    # exponents of ten
-    ("1e3", 1000), ("2.5E-1", Fraction(1, 4)), ("1e3/4", 250),
-    # units
-    ("$18", 18), (r"\$1{,}000.00", 1000), ("18 dollars", 18), (r"12 \text{ dollars}", 12), (r"18\text{cm}^2", 18),
-    (r"18\ \mathrm{km}", 18), ("5%", 5), (r"5\%", 5), (r"5^\circ", 5), (r"5^{\circ}", 5), ("5°", 5), ("5 degrees", 5),
-    (r"\text{12}", 12), (r"\textbf{12}", 12), (r"\mathbf{12}", 12), ("**12**", 12), (r"\left 12 \right", 12),
-    ("x = 5", 5), ("n=-5", -5),
-    # no numbers: compared letter by letter
-    ("18x", "18x"), ("2 pi", "2pi"), (r"2\pi", r"2\pi"), ("1,23", "1,23"), ("1,2,3", "1,2,3"), ("(1, 2)", "(1,2)"),
-    ("1/0", "1/0"), (r"\frac{1}{0}", r"\frac{1}{0}"), ("10^3", "10^3"), ("--5", "--5"), ("1/2/3", "1/2/3"),
-    (r"3 \text{ or } 4", "3or4"), (r"\text{A}", "A"), (r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt{3}}{2}"), 
-    ("twelve", "twelve"), ("٣", "٣"), ("1e1000", "1e1000"), ("", ""),
-])  # fmt: skip
-def test_value(text, number):
-    assert value(text) == number
-    assert isinstance(value(text), str) == isinstance(number, str)
-
-
-@pytest.mark.parametrize("text, found", [
-    (r"so \boxed{5}.", "5"),
-    (r"first \boxed{5}, no: \boxed{6}", "6"),
-    (r"\boxed{\frac{3}{4}}", r"\frac{3}{4}"),
-    (r"\boxed{\frac{\sqrt{3}}{\sqrt{2}}} and {more}", r"\frac{\sqrt{3}}{\sqrt{2}}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{\text{a } b}", r"\text{a } b"),
-    (r"\boxed {7}", "7"),
-    ("\\boxed{\n7\n}", "7"),
-    (r"\\boxed{7}", "7"),  # escaped once too often
-    (r"\\\boxed{7}", "7"),  # behind LaTeX's new line
-    (r"{ \boxed{7}", "7"),
-    (r"} \boxed{7}", "7"),
-    (r"\boxed{\boxed{7}}", "7"),
-    (r"\boxed{5} and then \boxed{6", "5"),  # the last balanced one
-    (r"\boxed{5", None),
-    (r"\boxed{}", None),
-    (r"\boxed{ }", None),
-    (r"\boxed 5", None),
-    ("the answer is 5", None),
-    (r"\boxed{5}</think> I cannot say", None),
-    (r"\boxed{5}</think>\boxed{6}", "6"),
-    (r"<think>\boxed{5}", None),  # cut off in its thoughts
-    (r"<think>\boxed{5}</think>\boxed{6}", "6"),
-    ("", None),
-])  # fmt: skip
-def test_last_balanced_box(text, found):
-    assert extract(text, "boxed") == found
-
-
-@pytest.mark.parametrize("text, found", [
-    ("so it is 18.\n#### 18", "18"), ("####18", "18"), ("#### 1,234", "1,234"), ("#### $18 eggs\nfoo", "$18 eggs"),
-    ("#### 5\nno:\n#### 6", "6"), ("####\n7", "7"), ("#### ", None), ("18", None), ("### 18", None),
-])  # fmt: skip
-def test_gsm8k(text, found):
-    assert extract(text, "gsm8k") == found
-
-
-@pytest.mark.parametrize("text, found", [
-    ("The answer is 5-3=2", "2"), ("It costs $1,234.50.", "1,234.50"), ("between 5-7", "7"), ("it is -7", "-7"),
-    ("(-7)", "-7"), ("8 - 3", "3"), ("3 + 4 = 7 apples", "7"), ("x2 is 5, x3 is not", "5"), ("5 cm^2", "5"),
-    ("5 cm^{2}", "5"), ("5 m^{-2}", "5"), ("5 m^-2", "5"), ("1e3", "1e3"), ("10^3", "10^3"), ("**18**", "18"),
-    ("1, 2, 3", "3"), ("12 of 3/4", "3/4"), (r"\(\frac{1}{2}\)", r"\frac{1}{2}"), ("wait...5", "5"), ("it is .5", ".5"),
-    ("5%", "5"), ("no number at all", None), ("GPT4", None), ("", None),
-])  # fmt: skip
-def test_last_number(text, found):
-    assert extract(text, "integer") == found
-
-
-@pytest.mark.parametrize("text, found", [
-    ("3+5=8; 8*2=6; >6", "6"), ("3+5=8; > 6<|end|>", "6"), (">5; >6", "6"), (">66", "66"), ("3+5=8", None), ("", None),
-    (">", None), ("> so 3", None),
-])  # fmt: skip
-def test_toy(text, found):
-    assert extract(text, "toy") == found
-
-
-@pytest.mark.parametrize("text, found", [
-    (r"\boxed{5} #### 6 7", "5"), ("#### 6 7", "6 7"), ("it is 7", "7"), (r"7 \boxed{", None), ("#### 5</think>7", "7"),
-])  # fmt: skip
-def test_auto_prefers_box_then_hashes_then_the_last_number(text, found):
-    assert extract(text, "auto") == found
-
-
-def test_grades():
-    assert grade(r"\boxed{025}", "25", "boxed")  # AIME
-    assert grade(r"\boxed{25}", "025", "boxed") and grade(r"\boxed{27}", 27.0, "boxed")
-    assert grade("#### 1,234", "1234", "gsm8k") and not grade("#### 1,235", "1234", "gsm8k")
-    assert grade(r"thus \boxed{\dfrac{3}{4}}", "0.75", "auto") and not grade(r"\boxed{0.7500001}", "3/4", "auto")
-    assert not grade(r"\boxed{10^3}", "10", "auto") and not grade("it is 10^3", "10", "auto")
-    assert grade(r"\boxed{(a, b)}", "(a,b)", "boxed") and not grade(r"\boxed{(b, a)}", "(a,b)", "boxed")
-    assert not grade("None", "None", "integer") and not grade("", "", "integer") and not grade(r"\boxed{}", "", "boxed")
-    assert grade(">7", "7", "toy") and not grade(">77", "7", "toy") and not grade("7", "7", "toy")
-
-
-def test_an_unknown_verifier_is_refused():
-    with pytest.raises(InputError, match="unknown verifier 'sympy'"):
-        extract("5", "sympy")
-
-
-HOSTILE = r"""
-import resource
-resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
-from verify import grade
-M = 150_000
-texts = [
-    "9" * 10**6, "#### " + "9" * M, "-" * M, "1," * M, "1,000" * M, ",000" * M + "x", "1/" * M, "1e" * M, "9^" * M,
-    "1e999999999", "#### 1e999999999", r"\boxed{1e999999999}", "9**9**9**9", r"\boxed{9**9**9**9}",
-    r"\boxed{9^{9^{9^{9^{9}}}}}", "__import__('os').system('touch hacked')",
-    r"\boxed{__import__('os').system('touch hacked')}", r"\boxed{" * M, r"\boxed{" + "{" * M + "}" * M + "}",
-    "{" * M, "}" * M, r"\boxed{" + "a" * M, r"\boxed{" + "a" * M + "}", r"\boxed" + " " * M, r"\boxed  " * M,
-    r"\frac{" * M, r"\frac{1}{" * M, r"1\frac{1" * M, r"\text{" * M, " " * M, "\n" * M, "####" * M, ">" * M, "> " * M,
-    ">" + " " * M, "> -" * M, "\\" * M, "\udcff" * M, "</think>" * M,
-    r"\boxed{5" + " " * 990 + "!}", "5" + " " * M + "!", "^{-" * M,
-    "^ " * M, "_1" * M, "\0" * M, ". " * M, "." * M, "$" * M, r"\boxed{1/" + "9" * 900 + "}", r"\left" * M,
-]
-for text in texts:
-    for verifier in ("boxed", "gsm8k", "integer", "toy"):
-        assert not grade(text, "5.5", verifier), (text[:40], verifier)
-assert not grade("5", "9" * M, "integer") and not grade("5", "1" + " " * 1000 + "!", "integer")  # a hostile answer
-"""
-
-
-def test_hostile_texts_are_wrong_in_bounded_time(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", HOSTILE], cwd=tmp_path, env=environment, capture_output=True,
-                          timeout=200)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-500:]
-    assert not any(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,42 +249,7 @@ def test_models_are_compared_problem_by_problem(capsys):
 # The command
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """The shipped student 1 in a world of 12 unseen problems."""
-    folder = tmp_path_factory.mktemp("world")
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        toy.main(seed=1, teacher_problems=3, unseen_problems=12, pretrain_steps=1)
-    finally:
-        os.chdir(before)
-    return folder
-
-
-@pytest.fixture
-def here(world, tmp_path, monkeypatch):
-    """A working folder with that data and two runs of one student: their checkpoints are copies of it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(world / "data")
-    student = ROOT / "students/toy-1"
-    for run, keys in (("sft", dict(max_new_tokens=40, samples=2, seed=3)), ("t3s", dict(max_new_tokens=9))):
-        config = dict(model=str(student), data="data/toy-1/teacher", eval_data="data/toy-1/unseen", temperature=1.0)
-        write_json(Path("runs") / run / "config.json", {"config": config | keys})
-        for step in (2, 4):
-            shutil.copytree(student, Path("runs") / run / f"checkpoints/{step:06d}")
-    return tmp_path
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
-
-
-def test_every_answer_and_a_summary_are_written(here, capsys):
+def test_every_answer_and_a_summary_are_written(toy_runs, capsys):
     results = evaluation.main(run="sft", temperature=0.7)
     rows, summary = lines("runs/sft/eval/unseen-000004.jsonl"), read_json("runs/sft/eval/unseen-000004.json")
     problems = data.load("data/toy-1/unseen")
@@ -451,7 +271,7 @@ def test_every_answer_and_a_summary_are_written(here, capsys):
     assert 0.3 < summary["accuracy"] and f"{summary['accuracy']:.3f} ± " in capsys.readouterr().out
 
 
-def test_base_and_runs_are_one_table_sampled_alike(here, capsys):
+def test_base_and_runs_are_one_table_sampled_alike(toy_runs, capsys):
     results = evaluation.main(run="base,sft,t3s", limit=5, device="cpu")
     assert list(results) == ["base", "sft", "t3s"]
     assert results["base"][1] == results["sft"][1] == results["t3s"][1]  # the same weights, and sft's settings for all
@@ -463,7 +283,7 @@ def test_base_and_runs_are_one_table_sampled_alike(here, capsys):
     assert "denoising_steps" not in out  # an autoregressive model has none
 
 
-def test_a_step_and_models_by_folder(here):
+def test_a_step_and_models_by_folder(toy_runs):
     evaluation.main(run="sft", step=2, samples=1, limit=2)
     evaluation.main(model=str(ROOT / "students/toy-1"), data="data/toy-1/unseen", limit=1, temperature=0,
                     max_new_tokens=40)  # fmt: skip
@@ -478,52 +298,13 @@ def test_a_step_and_models_by_folder(here):
     assert json.loads(text, parse_constant=pytest.fail)["interval"] is None  # of one problem; NaN is no JSON
 
 
-def test_answers_that_are_cut_off_are_counted(here):
+def test_answers_that_are_cut_off_are_counted(toy_runs):
     [(summary, rows)] = evaluation.main(run="t3s", limit=4).values()  # 9 tokens are too few
     assert summary["truncated"] == 1.0 and all(row["n_tokens"] == 9 and row["truncated"] for row in rows)
     assert summary["unparsed"] == 1.0 and summary["accuracy"] == 0.0
 
 
-def other_tokenizer(folder):
-    shutil.copytree(ROOT / "students/toy-1", folder)
-    spec = read_json(folder / "tokenizer.json")
-    spec["added_tokens"][3]["content"] = "<|other|>"
-    spec["model"]["vocab"] = {{"<|mask|>": "<|other|>"}.get(k, k): v for k, v in spec["model"]["vocab"].items()}
-    write_json(folder / "tokenizer.json", spec)
-    return folder
-
-
-@pytest.mark.parametrize("keys, message", [
-    (dict(), "nothing to evaluate"),
-    (dict(run="nobody"), "runs/nobody/config.json: no such file"),
-    (dict(run="base"), "--run=base needs another run"),
-    (dict(run="sft", step=3), "no checkpoint of step 3 (there: 2, 4)"),
-    (dict(run="sft,sft"), "sft is named twice"),
-    (dict(run="sft", data="data/nothing"), "data/nothing: no such folder"),
-    (dict(run="sft", dtype="int8"), "--dtype=int8"),
-    (dict(run="../sft"), "--run=../sft: must be the name of a folder in runs/"),
-    (dict(run="sft", device="foo"), "--device=foo: not on this machine"),
-    (dict(run="sft", samples=0), "no problem, or no sample"),
-    (dict(run="sft", limit=-20), "no problem, or no sample"),
-    (dict(run="sft", temperature=-1.0), "temperature = -1.0: out of range"),
-    (dict(run="sft,t3s", data="data/no-answers"), "has no answer"),
-    (dict(run="sft", model="other"), "made with another tokenizer than other has"),
-    (dict(model="missing", data="data/toy-1/unseen"), "missing"),
-    (dict(model="other"), "--data is missing"),
-])  # fmt: skip
-def test_what_cannot_work_is_one_line_and_writes_nothing(here, world, keys, message):
-    other_tokenizer(here / "other")
-    if not (world / "data/no-answers").exists():
-        Path("plain.jsonl").write_text('{"prompt": "1+1?", "response": "2"}\n')
-        data.main(source="plain.jsonl", tokenizer=str(ROOT / "students/toy-1"), out="data/no-answers")
-    before = files("runs")
-    with pytest.raises(InputError) as error:
-        evaluation.main(**keys)
-    assert message in str(error.value) and "\n" not in str(error.value)
-    assert files("runs") == before
-
-
-def test_from_the_shell(here):
+def test_from_the_shell(toy_runs):
     """Exit code 1 and one line for an error; 0 and a table otherwise."""
     def shell(*words):
         return subprocess.run([sys.executable, ROOT / "eval.py", *words], capture_output=True, text=True, timeout=120)
@@ -536,7 +317,7 @@ def test_from_the_shell(here):
     assert "\x1b" not in done.stdout and done.stdout.splitlines()[-1].startswith("sft  1.000 ± 0.000")
 
 
-def test_a_write_that_fails_leaves_what_was_there(here, monkeypatch):
+def test_a_write_that_fails_leaves_what_was_there(toy_runs, monkeypatch):
     evaluation.main(run="sft", limit=2)
     before = {path: Path("runs/sft/eval", path).read_bytes() for path in files("runs/sft/eval")}
 
@@ -549,7 +330,7 @@ def test_a_write_that_fails_leaves_what_was_there(here, monkeypatch):
     assert {path: Path("runs/sft/eval", path).read_bytes() for path in files("runs/sft/eval")} == before
 
 
-def test_gsm8k_lines_end_to_end(here):
+def test_gsm8k_lines_end_to_end(toy_runs):
     """GSM8K's own form, through data.py and a student that says #### at once, whatever it is asked."""
     questions = [("Ann has 3 eggs and buys 4. How many?", "She has 3 + 4 = <<3+4=7>>7 eggs.\n#### 7"),
                  ("A car costs $1,200. Two cost?", "2 * 1200 = 2400\n#### 2,400"),
