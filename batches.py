@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import diffusion
+from plumbing import memory
 from plumbing.parallel import rank, world_size
 
 
@@ -28,7 +29,7 @@ def micro_batches(run, step):
     ids        (B, T) int64                                 count   float, its part of the step's normaliser
     targets    (B, T) int64, -100 where nothing is scored   weights (B, T) float32 on the NLL; None: all 1
     positions, attention   as Transformer.forward takes them; None: its defaults
-    flops      Transformer.flops of it, padding that nothing is to see left out
+    flops      memory.flops of it, padding that nothing is to see left out
     """
     cfg, train_set = run.cfg, run.train_set
     chosen = step_examples(len(train_set), cfg.batch_size, step, cfg.seed)
@@ -42,7 +43,7 @@ def micro_batches(run, step):
                 forced_weight=cfg.forced_weight, weighting=cfg.weighting, t_min=cfg.t_min, t_max=cfg.t_max,
                 complementary=cfg.complementary)  # fmt: skip
             scored = (batch["targets"] != -100).sum()
-            batch["flops"] = run.student.flops(batch["read"], scored, batch["pairs"])
+            batch["flops"] = memory.flops(run.student, batch["read"], scored, batch["pairs"])
         else:
             batch = next_token_batch(run, rows, run.selected)
         batches.append(batch)
@@ -83,7 +84,7 @@ def next_token_batch(run, rows, keep=None):
         "ids": torch.as_tensor(ids, device=run.device), "targets": torch.as_tensor(targets, device=run.device),
         "tokens": int(size.sum()), "count": float((targets != -100).sum()),
         "slots": ids.size,
-        "flops": run.student.flops(size.sum(), (targets != -100).sum(), (size * (size + 1) // 2).sum()),
+        "flops": memory.flops(run.student, size.sum(), (targets != -100).sum(), (size * (size + 1) // 2).sum()),
     }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ import diffusion
 import model
 from batches import micro_batches, pack, padded_slots
 from hf import families
+from hf.families import local_folder
 from hf.tokenizer import Tokenizer, load_tokenizer
 from plumbing import memory, parallel, resume
 from plumbing.config import InputError, command
@@ -294,8 +295,8 @@ def resolve(given):
 def read_inputs(cfg):
     """All that a run reads but the weights, checked to belong together."""
     device = start_processes(cfg)
-    source = model.local_folder(cfg.model)
-    shape, tokenizer = model.read_config(source), load_tokenizer(source)
+    source = local_folder(cfg.model)
+    shape, tokenizer = families.read_config(source), load_tokenizer(source)
     if shape.is_diffusion:
         diffusion.check_objective(shape, cfg.objective, cfg.forced_weight, cfg.weighting, cfg.t_min, cfg.t_max)
     if shape.is_diffusion and cfg.packing:

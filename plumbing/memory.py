@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import data
 import model
+from hf.families import local_folder, read_config
 from plumbing.config import InputError
 from plumbing.parallel import world_size
 
@@ -36,9 +37,27 @@ def mfu(cfg, device, flops, seconds):
     return {"mfu": round(flops / seconds / (peak * world_size()), 4)}
 
 
+def flops(student, tokens, scored, pairs):
+    """Floating-point operations of a training step, as MFU counts them (arXiv 2204.02311, appendix B).
+
+    tokens: positions that go through the blocks. scored: positions that go through the head.
+    pairs: of a query and a key that it sees. A weight costs 6 a position (forward 2, backward 4), a
+    pair 12 * H * D a layer. What activation checkpointing computes again does not count.
+    """
+    c = student.config
+    weights = 0
+    for name, parameter in student.model.layers.named_parameters():
+        if parameter.dim() > 1:
+            visited = c.num_experts_per_tok / c.num_experts if ".experts." in name else 1
+            weights += parameter.numel() * visited
+    head = c.vocab_size * c.hidden_size
+    attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+    return 6 * (weights * int(tokens) + head * int(scored)) + attention * int(pairs)
+
+
 def dry_run(cfg):
     """Print the plan of a run -> its figures, {name: bytes per process} and "fits", the largest micro_batch_size."""
-    shape = model.read_config(model.local_folder(cfg.model, weights=False))
+    shape = read_config(local_folder(cfg.model, weights=False))
     length = cfg.max_row_tokens
     if not length and cfg.data:
         spans = data.load(cfg.data).spans

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model
-from hf import families
+from hf import families, weights
 from plumbing.config import InputError
 
 SHAPE = dict(
@@ -442,7 +442,7 @@ def test_a_save_that_fails_midway_leaves_the_old_folder(twin, tmp_path, monkeypa
             raise OSError("No space left on device")
         return save_file(*args, **kwargs)
 
-    monkeypatch.setattr(model, "save_file", disk_full)
+    monkeypatch.setattr(weights, "save_file", disk_full)
     with torch.no_grad():
         student.lm_head.weight.zero_()
     with pytest.raises(OSError, match="No space"):
@@ -751,7 +751,7 @@ def test_offline_hub_cache(twin, tmp_path):
         (snapshot / path.name).symlink_to(f"../../blobs/{i}")
     code = """if True:
         import model
-        from config import InputError
+        from plumbing.config import InputError
         print(sum(p.numel() for p in model.load("org/name").parameters()))
         try:
             model.load("org/other")
