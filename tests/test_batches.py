@@ -128,3 +128,55 @@ def test_a_row_of_padding_has_no_target():
     assert ids.shape == (1, 1) and (targets == -100).all() and (segments == -1).all()
     assert batches.causal_within(torch.tensor([[0, 0, 1, -1]]))[0, 0].tolist() == [
         [True, False, False, False], [True, True, False, False], [False, False, True, False], [False] * 3 + [True]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Padded batches, and which examples make a step
+
+
+def random_data(seed, n=9):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 7, size=(n, 2))
+    edges = np.concatenate([[0], lengths.ravel().cumsum()])
+    spans = np.stack([edges[0:-1:2], edges[1::2], edges[2::2]], axis=1)
+    return data.Data("", rng.integers(1, 1000, edges[-1]).astype("<u4"), spans, [{}] * n, {}, "")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_collate_against_loops(seed):
+    made, rng = random_data(seed), np.random.default_rng(seed)
+    indices = rng.permutation(len(made))[: rng.integers(1, 10)]
+    for mask in (None, rng.random(len(made.tokens)) < 0.5):
+        ids, targets = batches.collate(made, indices, mask)
+        T = max(made.spans[i, 2] - made.spans[i, 0] for i in indices)
+        assert ids.shape == targets.shape == (len(indices), T) and ids.dtype == targets.dtype == np.int64
+        for row, i in enumerate(indices):
+            start, prompt_end, end = made.spans[i]
+            for t in range(T):
+                here, ahead = start + t, start + t + 1
+                assert ids[row, t] == (made.tokens[here] if here < end else 0)
+                kept = prompt_end <= ahead < end and (mask is None or mask[ahead])
+                assert targets[row, t] == (made.tokens[ahead] if kept else -100)
+
+
+def test_collate_of_nothing():
+    ids, targets = batches.collate(random_data(0), np.arange(0))
+    assert ids.tolist() == [[0]] and targets.tolist() == [[-100]]
+
+
+@pytest.mark.parametrize("n, batch_size", [(7, 1), (7, 3), (7, 6), (12, 4), (5, 4)])
+def test_steps_walk_through_one_permutation_after_another(n, batch_size):
+    stream = np.concatenate([batches.step_examples(n, batch_size, step, seed=3) for step in range(4 * n)])
+    epochs = stream[: len(stream) // n * n].reshape(-1, n)
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and len({tuple(e) for e in epochs}) > 1
+    for step in reversed(range(4 * n)):  # a pure function: no order of calls, nothing remembered
+        chosen = batches.step_examples(n, batch_size, step, seed=3)
+        assert chosen.tolist() == stream[step * batch_size : (step + 1) * batch_size].tolist()
+    other = np.concatenate([batches.step_examples(n, batch_size, step, seed=4) for step in range(4 * n)])
+    assert (other != stream).any()
+
+
+@pytest.mark.parametrize("batch_size", [0, 5, 9])
+def test_a_batch_of_all_is_all_in_order(batch_size):
+    for step in (0, 3):
+        assert batches.step_examples(5, batch_size, step, 0).tolist() == [0, 1, 2, 3, 4]
