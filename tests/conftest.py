@@ -1,47 +1,38 @@
-"""Worlds for the test files that do not make one of their own: `here`, a small student of every kind;
-`toy_runs`, two runs of a shipped student that knows the toy world."""
+"""The fixtures that test files share: a small world and a working folder in it; two runs of a shipped student.
 
-import os
+worlds.py says how a test file shapes its world.
+"""
+
 import shutil
 from pathlib import Path
 
-import faults
 import pytest
+from worlds import make_world
 
-import toy
 from plumbing.config import write_json
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    before = os.getcwd()
-    os.chdir(folder)
-    faults.make_world()
-    os.chdir(before)
-    return folder
+def world(tmp_path_factory, request):
+    """The folder of a world made with the keys of the test file's WORLD; tests must not write into it."""
+    return make_world(tmp_path_factory.mktemp("world"), **getattr(request.module, "WORLD", {}))
 
 
 @pytest.fixture
 def here(world, tmp_path, monkeypatch):
+    """An empty working folder into which everything in the world is linked."""
     monkeypatch.chdir(tmp_path)
     for path in world.iterdir():
         (tmp_path / path.name).symlink_to(path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")
 def toy_world(tmp_path_factory):
     """A folder with the shipped student 1's world, of 12 unseen problems."""
-    folder = tmp_path_factory.mktemp("toy_world")
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        toy.main(seed=1, teacher_problems=3, unseen_problems=12, pretrain_steps=1)
-    finally:
-        os.chdir(before)
-    return folder
+    return make_world(tmp_path_factory.mktemp("toy_world"), teacher=3, unseen=12, cut=None, students=())
 
 
 @pytest.fixture

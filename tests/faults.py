@@ -28,70 +28,18 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from worlds import KEYS, make_world  # noqa: E402
 
-import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import model  # noqa: E402
-import toy  # noqa: E402
 import train  # noqa: E402
 import trajectory  # noqa: E402
-from hf import families  # noqa: E402
 from plumbing import resume  # noqa: E402
-from plumbing.config import command, write_json  # noqa: E402
+from plumbing.config import command  # noqa: E402
 
 PARTS = {"step": (train, "train_step"), "state": (resume, "save"), "checkpoint": (model, "save"),
          "sweep": (trajectory, "sweep"), "evaluation": (evaluation, "evaluate"),
          "rewind": (resume, "rewind")}  # fmt: skip
-KEYS = dict(model="data/toy-1/untrained", data="data/toy-1/teacher", eval_data="data/toy-1/unseen", steps=9,
-            batch_size=4, micro_batch_size=2, lr=1e-3, weight_decay=0.1, record_every=3, save_every=4, resume_every=2,
-            max_new_tokens=8, device="cpu")  # fmt: skip
-
-# One thread for all that is compared or forked here: sums over several threads are rounded otherwise than over one, and
-# OpenMP's threads do not survive a fork.
-torch.set_num_threads(1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A small world, with a diffusion student of each family
-
-
-def make_world():
-    """data/toy-1 with 9 examples of different lengths, and three students of other families, in the working folder."""
-    toy.main(seed=1, teacher_problems=9, unseen_problems=3, pretrain_steps=1)
-    path = Path("data/toy-1/teacher.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for i, line in enumerate(lines):
-        line["response"] = line["response"][: 6 + 5 * i]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data.main(source=str(path), tokenizer="data/toy-1/untrained", out="data/toy-1/teacher", verifier="toy")
-    write_students()
-
-
-def write_students():
-    """llada, llada2 and qwen3_moe beside data/toy-1, with its tokenizer."""
-    V = families.read_config("data/toy-1/untrained").vocab_size
-    ids = dict(mask_token_id=3, eos_token_id=0, pad_token_id=0)
-    write_student("llada", dict(
-        model_type="llada", vocab_size=V, d_model=32, mlp_hidden_size=48, n_layers=2, n_heads=4, n_kv_heads=4,
-        rms_norm_eps=1e-5, rope_theta=1e4, max_sequence_length=256, **ids))  # fmt: skip
-    write_student("llada2", dict(
-        model_type="llada2_moe", vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-6, rope_theta=1e4, num_experts=8,
-        num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=16, num_shared_experts=1,
-        first_k_dense_replace=1, partial_rotary_factor=0.5, block_length=8, max_position_embeddings=256,
-        **ids))  # fmt: skip
-    write_student("qwen3_moe", dict(
-        model_type="qwen3_moe", vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-6, rope_theta=1e4, num_experts=6,
-        num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, eos_token_id=0,
-        pad_token_id=0))  # fmt: skip
-
-
-def write_student(name, raw):
-    with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder) / "config.json", raw)
-        student = model.Transformer(families.read_config(folder)).init_weights(0, std=0.1)
-    model.save(student, "data/toy-1/untrained", name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,11 +26,10 @@ import diffusion
 import eval as evaluation
 import model
 import sample
-import toy
 from diffusion import corrupt_batch
 from hf import families
 from hf import tokenizer as tokenizer_file
-from plumbing.config import InputError, read_json, write_json
+from plumbing.config import InputError, read_json
 
 ROOT = Path(__file__).parent.parent
 MASK, EOS, V, BLOCK = 48, 2, 50, 4
@@ -742,26 +741,7 @@ def test_prompts_that_cannot_be():
 # The same commands
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """The toy world with an untrained LLaDA that has its tokenizer, in a folder of its own."""
-    folder, before = tmp_path_factory.mktemp("world"), os.getcwd()
-    os.chdir(folder)
-    try:
-        toy.main(seed=1, teacher_problems=3, unseen_problems=3, pretrain_steps=1)
-        untrained = Path("data/toy-1/untrained")
-        raw = read_json(untrained / "config.json")
-        write_json(untrained / "config.json", {
-            "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 32, "n_layers": 2, "n_heads": 4,
-            "n_kv_heads": 4, "mlp_hidden_size": 48, "vocab_size": raw["vocab_size"], "rms_norm_eps": 1e-6,
-            "embedding_size": raw["vocab_size"], "rope_theta": 1e4, "max_sequence_length": 128, "weight_tying": False,
-            "activation_type": "silu", "mask_token_id": 3, "eos_token_id": 0, "pad_token_id": 0,
-        })  # fmt: skip
-        student = model.Transformer(families.read_config(untrained)).init_weights(0, std=0.3)
-        model.save(student, untrained, "llada")
-    finally:
-        os.chdir(before)
-    return folder
+WORLD = dict(teacher=3, students=("llada",))
 
 
 def test_eval_samples_from_a_diffusion_student(world, monkeypatch, capsys):
@@ -816,7 +796,7 @@ def test_the_command_draws_on_a_terminal(world):
 @pytest.mark.parametrize("argument, message", [
     ("--prompt=", "--prompt is missing"), ("--block_length=5", "does not divide"), ("--model=nowhere", "nowhere"),
     ("--device=foo", "--device=foo: not on"),
-    ("--dtype=float16", "float32 or bfloat16"), ("--max_new_tokens=1000", "context of 128"),
+    ("--dtype=float16", "float32 or bfloat16"), ("--max_new_tokens=1000", "context of 256"),
     ("--model=data/toy-1", "config.json"),
 ])  # fmt: skip
 def test_the_command_refuses_in_one_line(world, monkeypatch, argument, message):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from worlds import inside, make_world
 
 import data
 import report
-import toy
 import train
 from hf import tokenizer as tokenizer_file
 from plumbing import runs
@@ -27,11 +27,8 @@ HOSTILE = "</pre><script>alert(1)</script><img src=http://example.org/x onerror=
 @pytest.fixture(scope="module")
 def cycle(tmp_path_factory):
     """Two runs of student 1 on five traces, one of them hostile, recorded at steps 0, 2 and 4."""
-    folder = tmp_path_factory.mktemp("cycle")
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        toy.main(seed=1, teacher_problems=4, unseen_problems=4)
+    folder = make_world(tmp_path_factory.mktemp("cycle"), teacher=4, unseen=4, cut=None, students=())
+    with inside(folder):
         lines = Path("data/toy-1/teacher.jsonl").read_text()
         line = json.dumps({"id": "<b>evil</b>", "prompt": HOSTILE + "?", "response": f"{HOSTILE}é>7", "answer": 7})
         Path("traces.jsonl").write_text(lines + line + "\n")
@@ -42,8 +39,6 @@ def cycle(tmp_path_factory):
         load_select().main(run="sft", bottleneck=2, show=0)
         load_select().main(run="sft", bottleneck=4, kind="force", name="forced", show=0)
         train.main(run="t3s", selection="runs/sft/selection/t3s")
-    finally:
-        os.chdir(before)
     return folder
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from worlds import inside, make_world
 
 import data
 import model
@@ -34,15 +35,10 @@ STUDENTS = {"ar": {}, "packed": dict(packing=True, max_row_tokens=90), "llada": 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The data, the students, and for each a run that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("world")
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        faults.make_world()
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    with inside(folder):
         for name, keys in STUDENTS.items():
             train.main(run=f"whole-{name}", **KEYS | keys)
-    finally:
-        os.chdir(before)
     return folder
 
 

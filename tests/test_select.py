@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from worlds import make_world
 
 import data
 import model
-import toy
 from hf import tokenizer as tokenizer_file
 from plumbing import runs
 from plumbing.config import InputError, load_select, read_json, write_json
@@ -123,11 +123,14 @@ def test_bootstrap_is_sure_only_of_what_is_clear():
 # The command, on a run whose trajectory is written by hand
 
 
+WORLD = dict(teacher=6, unseen=2, cut=None, students=())
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """runs/sft as train.py would leave it, with train accuracy 0.8, 0.2, 0.5 and random confidences."""
     monkeypatch.chdir(tmp_path)
-    toy.main(seed=1, teacher_problems=6, unseen_problems=2, pretrain_steps=1)
+    make_world(**WORLD)
     capsys.readouterr()
     train_set = data.load("data/toy-1/teacher")
     write_json_in("runs/sft/config.json", {"config": {"model": "data/toy-1/untrained", "data": "data/toy-1/teacher"}})
@@ -238,7 +241,7 @@ def test_without_answers_there_is_no_accuracy_in_the_statistics(run, capsys):
 
 def test_masks_that_do_not_belong_are_refused(run):
     out = select.main(run="sft", show=0)
-    toy.main(seed=2, teacher_problems=6, unseen_problems=2, pretrain_steps=1)
+    make_world(seed=2, **WORLD)
     with pytest.raises(InputError, match="made for another data set than data/toy-2/teacher"):
         runs.load_mask(out, data.load("data/toy-2/teacher"))
     mask, chosen = np.load(out / "mask.npy"), read_json(out / "config.json")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen3ForCausalLM
+from worlds import make_world
 
 import data
 import eval as evaluation
@@ -110,13 +110,7 @@ def test_the_student_slips_in_what_it_carries_and_has_its_own_words():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        toy.main(seed=7, out="world", teacher_problems=40, unseen_problems=60)
-    finally:
-        os.chdir(before)
-    return folder / "world"
+    return make_world(folder, seed=7, out="world", teacher=40, unseen=60, cut=None, students=()) / "world"
 
 
 def jsonl(path):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import faults
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,6 @@ import batches
 import data
 import diffusion
 import model
-import toy
 import train
 import trajectory
 from hf import families
@@ -32,37 +30,7 @@ SHORT = dict(model="data/toy-1/untrained", data="data/toy-1/teacher", steps=4, b
              lr=1e-3, max_new_tokens=8, device="cpu")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        toy.main(seed=1, teacher_problems=N, unseen_problems=3, pretrain_steps=1)
-        uneven("data/toy-1/teacher.jsonl")
-        data.main(source="data/toy-1/teacher.jsonl", tokenizer="data/toy-1/untrained", out="data/toy-1/teacher",
-                  verifier="toy")  # fmt: skip
-        faults.write_students()
-    finally:
-        os.chdir(before)
-    return folder
-
-
-def uneven(path):
-    """Cut the responses to different lengths: equal ones would hide a mean of means."""
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    for i, line in enumerate(lines):
-        line["response"] = line["response"][: 6 + 7 * i]
-    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-@pytest.fixture
-def here(world, tmp_path, monkeypatch):
-    """A working folder of its own with the shared data."""
-    monkeypatch.chdir(tmp_path)
-    for path in world.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
+WORLD = dict(teacher=N, cut=7)
 
 
 def log(run):
