@@ -38,10 +38,16 @@ def micro_batches(run, step):
     for rows in shares(run, chosen):
         if run.shape.is_diffusion:
             batch = diffusion.corrupt_batch(
-                run.shape, train_set, np.array([i for row in rows for i in row], dtype=np.int64), forced=run.selected,
-                seed=cfg.seed, step=step, length=int(length.max()), device=run.device, objective=cfg.objective,
-                forced_weight=cfg.forced_weight, weighting=cfg.weighting, t_min=cfg.t_min, t_max=cfg.t_max,
-                complementary=cfg.complementary)  # fmt: skip
+                run.shape,
+                train_set,
+                np.array([i for row in rows for i in row], dtype=np.int64),
+                cfg,
+                seed=cfg.seed,
+                step=step,
+                length=int(length.max()),
+                forced=run.selected,
+                device=run.device,
+            )
             scored = (batch["targets"] != -100).sum()
             batch["flops"] = memory.flops(run.student, batch["read"], scored, batch["pairs"])
         else:

@@ -5,11 +5,12 @@
 
 On a terminal the answer appears while it is being written; into a file or a pipe goes the answer alone.
 
-An autoregressive student writes one token after the other. A masked-diffusion student fills a canvas of masks, block by
-block from left to right, the positions of a block in any order. `sample` serves both; eval.py and train.py call it.
+An autoregressive student writes one token after the other. A masked-diffusion student fills a
+canvas of masks, block by block from left to right, the positions of a block in any order. `sample`
+serves both; eval.py and train.py call it.
 
-Shapes: B rows, T tokens of a row, V vocabulary, b rows whose answer is unfinished, N positions asked about.
-Next: eval.py.
+Shapes: B rows, T tokens of a row, V vocabulary, b rows whose answer is unfinished, N positions
+asked about. Next: verify.py.
 """
 
 import sys
@@ -19,11 +20,11 @@ import numpy as np
 import torch
 
 from data import uniforms
-from diffusion import check_objective
-from hf.families import local_folder
+from diffusion import check_model
+from hf.families import local_folder, read_config
 from hf.tokenizer import load_tokenizer
 from model import Cache, load
-from plumbing.config import InputError, command
+from plumbing.config import InputError, above, command, require
 from plumbing.parallel import pick_device
 
 
@@ -36,13 +37,13 @@ class Sampling:
     max_new_tokens: int = 1024  # length limit of an answer; one that reaches it counts as truncated
     seed: int = 0  # of whatever is random
     # how masked-diffusion students sample (autoregressive ones have no use for these)
-    block_length: int = 0  # tokens written together, from left to right; 0: LLaDA2's own; LLaDA min(32, max_new_tokens)
+    block_length: int = 0  # tokens written together; 0: LLaDA2's own, LLaDA min(32, max_new_tokens)
     denoising_steps: int = 0  # forward passes for max_new_tokens; 0: as many as tokens
-    threshold: float = 0.0  # write at once every token whose probability exceeds this; 0: LLaDA2 0.95, LLaDA none
+    threshold: float = 0.0  # write all whose probability exceeds this; 0: LLaDA2 0.95, LLaDA none
     remasking: str = "low_confidence"  # which tokens stay masked for a later pass: low_confidence or random
     cfg_scale: float = 0.0  # classifier-free guidance, LLaDA only
-    eos_rule: str = "free"  # end-of-text: free: like any token; last: after all others of its block; never: not at all
-    edit_threshold: float = -1.0  # LLaDA2.1: replace a written token when another's probability exceeds this; -1: never
+    eos_rule: str = "free"  # end-of-text: free, last (after all others of its block) or never
+    edit_threshold: float = -1.0  # LLaDA2.1: replace a token when another's probability exceeds this
 
 
 @dataclass
@@ -66,9 +67,10 @@ def sample(
     """Answer each prompt (a list of ids) -> a list of ids for each, up to and without an end-of-text id.
 
     sampling     a Sampling; an answer of sampling.max_new_tokens ids was cut off
-    example_ids  names of the prompts; default 0, 1, ... What is drawn for a prompt is a pure function of (seed, its
-                 name, position), so an answer depends on no other prompt, batch or order. (Logits differ by rounding,
-                 1e-6 or so, with the shape of a batch, which can turn a near tie.)
+    example_ids  names of the prompts; default 0, 1, ... What is drawn for a prompt is a pure
+                 function of (seed, its name, position), so an answer depends on no other prompt,
+                 batch or order. (Logits differ by rounding, 1e-6 or so, with the shape of a batch,
+                 which can turn a near tie.)
     eos_ids      ids that end an answer; default: the model's own
     vocab_size   ids from here on (rows that pad the embedding) never come out
     progress     called with the number of finished answers
@@ -77,12 +79,13 @@ def sample(
     """
     check_sampling(model.config, prompts, sampling)
     if batch_size < 1:
-        raise InputError(f"batch_size = {batch_size}: out of range (python eval.py --help says what it means)")
+        raise InputError(f"--batch_size={batch_size}: must be at least 1")
     example_ids = range(len(prompts)) if example_ids is None else example_ids
     eos_ids = set(model.config.eos_token_ids if eos_ids is None else eos_ids)
     write = write_in_blocks if model.config.is_diffusion else write_left_to_right
     answers = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: short memory shows at once
+    # longest first: if memory is too short, it shows at once
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         texts = write(
@@ -110,26 +113,27 @@ def until_end(ids, eos_ids):
 
 
 def check_sampling(config, prompts, sampling):
-    """Raises InputError for a value out of range, and for a prompt that is empty or has an id outside the vocabulary."""
-    for key, fine in (
-        ("temperature", sampling.temperature >= 0),
-        ("top_p", 0 < sampling.top_p <= 1),
-        ("top_k", sampling.top_k >= 0),
-        ("max_new_tokens", sampling.max_new_tokens > 0),
-    ):
-        if not fine:
-            value = getattr(sampling, key)
-            raise InputError(f"{key} = {value}: out of range (python eval.py --help says what it means)")
+    """Raise InputError for a value out of range, or a prompt without ids or with one outside the vocabulary."""
+    require(
+        sampling,
+        temperature=(0, None),
+        top_p=(above(0), 1),
+        top_k=(0, None),
+        max_new_tokens=(1, None),
+    )
     for number, prompt in enumerate(prompts):
         if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise InputError(f"prompt {number} is empty or has an id outside the vocabulary of {config.vocab_size}")
+            raise InputError(
+                f"prompt {number} is empty or has an id outside the vocabulary of {config.vocab_size}"
+            )
 
 
 def next_token(logits, u, temperature, top_p, top_k):
     """logits (B, V), uniforms u (B,) -> ids (B,): inverse CDF over ids in their order; temperature 0: the likeliest.
 
-    As in transformers: temperature, then top_k, then top_p of what is left (with the id that crosses it). In float32,
-    with float64 logits in float64. Raises InputError for logits that are not finite.
+    As in transformers: temperature, then top_k, then top_p of what is left (with the id that
+    crosses it). In float32, with float64 logits in float64. Raises InputError for logits that are
+    not finite.
     """
     if temperature == 0:
         best, token = logits.max(-1)
@@ -164,19 +168,30 @@ def least_likely(p, top_p, top_k):
 
 @torch.no_grad()
 def write_left_to_right(model, prompts, sampling, *, example_ids, eos_ids, vocab_size=None, heard=None):
-    """One batch of answers, lists of ids. Arguments as in `sample`; heard: called with every new token's row and id."""
+    """One batch of answers, lists of ids. Arguments as in `sample`.
+
+    heard: called with every new token's row and id, while the answer is being written.
+    """
     device = next(model.parameters()).device
     n = sampling.max_new_tokens
-    u = torch.from_numpy(np.stack([uniforms(sampling.seed, name, n) for name in example_ids])).to(device)  # (B, n)
-    cache = Cache(model.config, len(prompts), max(map(len, prompts)) + n)
+    u = np.stack([uniforms(sampling.seed, name, n) for name in example_ids])
+    u = torch.from_numpy(u).to(device)  # (B, n)
+    lengths = [len(prompt) for prompt in prompts]
+    cache = Cache(model.config, len(prompts), max(lengths) + n)
     logits = read_prompts(model, prompts, cache)  # (B, 1, V)
-    positions = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]  # (B, 1), of the next token
+    positions = torch.tensor(lengths, device=device)[:, None]  # (B, 1), of the next token
 
     answers = [[] for _ in prompts]
     finished = set()
     rows = list(range(len(prompts)))  # whose answer each row of the batch is
     for step in range(n):
-        token = next_token(logits[:, 0, :vocab_size], u[:, step], sampling.temperature, sampling.top_p, sampling.top_k)
+        token = next_token(
+            logits[:, 0, :vocab_size],
+            u[:, step],
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+        )
         for i, one in zip(rows, token.tolist(), strict=True):
             if one in eos_ids:
                 finished.add(i)
@@ -187,11 +202,13 @@ def write_left_to_right(model, prompts, sampling, *, example_ids, eos_ids, vocab
         left = [row for row, i in enumerate(rows) if i not in finished]
         if not left or step + 1 == n:
             break
-        if len(left) <= len(rows) / 2:  # drop finished rows, but not one by one: each time copies the cache
+        if len(left) <= len(rows) / 2:  # not one by one: dropping rows copies the cache
             index = torch.tensor(left, device=device)
             rows = [rows[row] for row in left]
             cache.keep_rows(index)
-            token, positions, u = token[index], positions[index], u[index]
+            token = token[index]
+            positions = positions[index]
+            u = u[index]
         logits = model(token[:, None], positions=positions + step, cache=cache)
     return answers
 
@@ -199,8 +216,9 @@ def write_left_to_right(model, prompts, sampling, *, example_ids, eos_ids, vocab
 def read_prompts(model, prompts, cache):
     """Fill the cache with the prompts -> logits behind each prompt's last token, (B, 1, V).
 
-    Prompts are padded on the right and each row has its own positions. What padding left in the cache lies at later
-    positions than its row has reached, and is overwritten before the row gets there.
+    Prompts are padded on the right and each row has its own positions. What padding left in the
+    cache lies at later positions than its row has reached, and is overwritten before the row gets
+    there.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -239,55 +257,82 @@ MAX_POST_STEPS = 16  # passes in which a block without masks may still be edited
 def resolve_decoding(config, prompts, sampling, eos_ids=None, vocab_size=None):
     """A Sampling -> a complete Decoding.
 
-    Raises InputError: a value out of range, a prompt that is empty, has an id outside the vocabulary or leaves no room
-    in the model's context, a block length that does not divide, fewer steps than blocks, a mask id outside the
-    vocabulary, LLaDA's keys for a block model.
+    Raises InputError: a value out of range, a prompt that is empty, has an id outside the
+    vocabulary or leaves no room in the model's context, a block length that does not divide, fewer
+    steps than blocks, a mask id outside the vocabulary, LLaDA's keys for a block model.
     """
-    check_objective(config)
+    check_model(config)
     check_sampling(config, prompts, sampling)
+    is_block_model = config.attention == "block"
     rule = Decoding(**{f.name: getattr(sampling, f.name) for f in fields(Sampling)})
-    blockwise = config.attention == "block"
-    rule.eos_ids = [i for i in (config.eos_token_ids if eos_ids is None else eos_ids) if i is not None]
+    if not rule.block_length:
+        default = config.block_length if is_block_model else min(32, rule.max_new_tokens)
+        rule.block_length = default
+    require(
+        rule,
+        block_length=(1, None),
+        threshold=(0, 1),
+        denoising_steps=(0, None),
+        cfg_scale=(0, None),
+        remasking=("low_confidence", "random"),
+        eos_rule=("free", "last", "never"),
+        edit_threshold=(None, 1),
+    )
+    check_together(config, rule)
+    check_room(config, prompts, rule.max_new_tokens)
+
+    eos_ids = config.eos_token_ids if eos_ids is None else eos_ids
+    rule.eos_ids = [i for i in eos_ids if i is not None]
     rule.vocab_size = vocab_size or config.vocab_size
-    rule.block_length = rule.block_length or (config.block_length if blockwise else min(32, rule.max_new_tokens))
-    for key, fine in (
-        ("block_length", rule.block_length > 0),
-        ("threshold", 0 <= rule.threshold <= 1),
-        ("denoising_steps", rule.denoising_steps >= 0),
-        ("cfg_scale", rule.cfg_scale >= 0),
-        ("remasking", rule.remasking in ("low_confidence", "random")),
-        ("eos_rule", rule.eos_rule in ("free", "last", "never")),
-        ("edit_threshold", rule.edit_threshold <= 1),
-    ):
-        if not fine:
-            raise InputError(f"{key} = {getattr(rule, key)}: out of range (python eval.py --help says what it means)")
-    if blockwise and rule.block_length != config.block_length:
-        raise InputError(f"block_length = {rule.block_length}: this model was trained for {config.block_length}")
-    if blockwise and rule.cfg_scale:
-        raise InputError(f"cfg_scale = {rule.cfg_scale}: only for LLaDA, not for block models")
-    if rule.remasking == "random" and rule.threshold:
-        raise InputError("threshold and remasking = random exclude each other: a random order has no confidence")
-    if not blockwise and rule.max_new_tokens % rule.block_length:
-        raise InputError(f"block_length = {rule.block_length} does not divide max_new_tokens = {rule.max_new_tokens}")
-    for number, prompt in enumerate(prompts):
-        if 0 < config.max_position_embeddings < len(prompt) + rule.max_new_tokens:
-            raise InputError(
-                f"prompt {number} of {len(prompt)} tokens and max_new_tokens = {rule.max_new_tokens} are "
-                f"longer than the model's context of {config.max_position_embeddings}"
-            )
+    if is_block_model and rule.remasking == "low_confidence":
+        rule.threshold = rule.threshold or 0.95
     blocks = -(-rule.max_new_tokens // rule.block_length)
     steps = rule.denoising_steps or blocks * rule.block_length
     if steps < blocks or steps % blocks:
-        raise InputError(f"denoising_steps = {steps}: must be a multiple of the {blocks} blocks of the answer")
-    if blockwise and rule.remasking == "low_confidence":
-        rule.threshold = rule.threshold or 0.95
-    base, more = divmod(rule.block_length, steps // blocks)  # LLaDA: the first `more` passes write one token more
-    passes = [base + 1] * more + [base] * (steps // blocks - more)
-    rule.schedule = [count for count in passes if count]
+        raise InputError(
+            f"--denoising_steps={steps}: must be a multiple of the {blocks} blocks of the answer"
+        )
+    passes = steps // blocks
+    base, more = divmod(rule.block_length, passes)
+    # LLaDA: the first `more` passes of a block write one token more than the others
+    counts = [base + 1] * more + [base] * (passes - more)
+    rule.schedule = [count for count in counts if count]
     return rule
 
 
-def write_in_blocks(model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None, use_cache=True):
+def check_together(config, rule):
+    """Raise InputError for keys that exclude each other, or that this kind of model does not have."""
+    is_block_model = config.attention == "block"
+    if is_block_model and rule.block_length != config.block_length:
+        raise InputError(
+            f"--block_length={rule.block_length}: this model was trained for {config.block_length}"
+        )
+    if is_block_model and rule.cfg_scale:
+        raise InputError(f"--cfg_scale={rule.cfg_scale}: only for LLaDA, not for block models")
+    if rule.remasking == "random" and rule.threshold:
+        raise InputError(
+            "--threshold and --remasking=random exclude each other: a random order has no confidence"
+        )
+    if not is_block_model and rule.max_new_tokens % rule.block_length:
+        raise InputError(
+            f"--block_length={rule.block_length} does not divide --max_new_tokens={rule.max_new_tokens}"
+        )
+
+
+def check_room(config, prompts, max_new_tokens):
+    """Raise InputError for a prompt that leaves no room for the answer in the model's context."""
+    context = config.max_position_embeddings  # 0: unknown
+    for number, prompt in enumerate(prompts):
+        if 0 < context < len(prompt) + max_new_tokens:
+            raise InputError(
+                f"prompt {number} of {len(prompt)} tokens and --max_new_tokens={max_new_tokens} are "
+                f"longer than the model's context of {context}"
+            )
+
+
+def write_in_blocks(
+    model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None, use_cache=True
+):
     """One batch of answers, lists of ids. Arguments as in `sample`."""
     eos_ids = model.config.eos_token_ids if eos_ids is None else eos_ids
     steps = generate(
@@ -307,30 +352,38 @@ def write_in_blocks(model, prompts, sampling, *, example_ids=None, eos_ids=None,
 
 
 @torch.no_grad()
-def generate(model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None, use_cache=True):
+def generate(
+    model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None, use_cache=True
+):
     """Fill a canvas of masks behind each prompt (a list of ids); yields after every forward pass
 
-        canvas (B, T) int64: prompt, answer so far, masks up to the longest row   new (B, T) bool: written in this pass
+        canvas (B, T) int64: prompt, answer so far, masks up to the longest row
+        new    (B, T) bool: written in this pass
 
-    LLaDA (full attention; ML-GSAI/LLaDA, generate.py): the answer is cut into blocks; a pass reads the whole canvas and
-    proposes a token for every mask of the block; those with the highest confidence stay, by a fixed schedule or, with
-    a threshold, all that exceed it (Fast-dLLM). LLaDA2: the blocks are those of the model, counted from position 0; a
-    pass reads the block and a cache of those before it. Arguments as in `sample`.
+    LLaDA (full attention; ML-GSAI/LLaDA, generate.py): the answer is cut into blocks; a pass reads
+    the whole canvas and proposes a token for every mask of the block; those with the highest
+    confidence stay, by a fixed schedule or, with a threshold, all that exceed it (Fast-dLLM).
+    LLaDA2: the blocks are those of the model, counted from position 0; a pass reads the block and a
+    cache of those before it. Arguments as in `sample`.
 
-    Confidence is the probability of the proposed token in the softmax of the raw logits, over the whole vocabulary, as
-    in LLaDA's code. (LLaDA2's own takes, at temperatures above 0, that after temperature, top_k and top_p.) A row ends
-    with the block in which an end-of-text token is found; its later masks are never looked at. What is drawn is a
-    function of (seed, example id, block, pass, position): one uniform a token, inverted through the distribution.
-    (LLaDA's float64 argmax of exp(logits) / (-ln u)^temperature draws from the same one, with a vocabulary of uniforms
-    for every token.)
+    Confidence is the probability of the proposed token in the softmax of the raw logits, over the
+    whole vocabulary, as in LLaDA's code. (LLaDA2's own takes, at temperatures above 0, that after
+    temperature, top_k and top_p.) A row ends with the block in which an end-of-text token is found;
+    its later masks are never looked at. What is drawn is a function of (seed, example id, block,
+    pass, position): one uniform a token, inverted through the distribution. (LLaDA's float64 argmax
+    of exp(logits) / (-ln u)^temperature draws from the same distribution, with a vocabulary of
+    uniforms for every token.)
     """
-    config, device = model.config, next(model.parameters()).device
+    config = model.config
+    device = next(model.parameters()).device
     rule = resolve_decoding(config, prompts, sampling, eos_ids, vocab_size)
     example_ids = list(range(len(prompts)) if example_ids is None else example_ids)
     block = rule.block_length
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    starts = lengths // block * block if config.attention == "block" else lengths  # of each row's first block
-    ends = starts + -(-(lengths + rule.max_new_tokens - starts) // block) * block  # of its last one
+    # a block model counts blocks from position 0, so its first one may begin inside the prompt
+    starts = lengths // block * block if config.attention == "block" else lengths  # (B,)
+    blocks = -(-(lengths + rule.max_new_tokens - starts) // block)
+    ends = starts + blocks * block  # (B,)
     canvas = torch.full((len(prompts), int(ends.max())), config.mask_token_id, device=device)
     for row, prompt in zip(canvas, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
@@ -338,38 +391,45 @@ def generate(model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_
     cache = None
     if use_cache and config.attention == "block":
         cache = Cache(config, len(prompts), canvas.shape[1])
-        if starts.max() > 0:  # shorter prompts write masks behind them: overwritten before they are seen
+        if starts.max() > 0:
+            # behind a shorter prompt this writes masks, overwritten before anything sees them
             model(canvas[:, : starts.max()], cache=cache, logits_at=torch.zeros_like(lengths))
     rows = torch.arange(len(prompts), device=device)  # whose answers are not finished
     number = 0  # which block of theirs
     while len(rows):
-        span = (starts[rows] + number * block)[:, None] + torch.arange(block, device=device)  # (b, block)
+        first = starts[rows] + number * block  # (b,)
+        span = first[:, None] + torch.arange(block, device=device)  # (b, block)
         noise_keys = [(f"{rule.seed} {number}", example_ids[row]) for row in rows.tolist()]
         for written in denoise(model, canvas, rows, span, lengths, ends, rule, noise_keys, cache):
             new = torch.zeros_like(canvas, dtype=torch.bool)
             new[rows[:, None], span] = written
             yield canvas.clone(), new
         ids = canvas[rows[:, None], span]
-        ended = torch.isin(ids, torch.tensor(sorted(rule.eos_ids), device=device)) & (span >= lengths[rows, None])
+        is_answer = span >= lengths[rows, None]
+        ended = is_in(ids, rule.eos_ids) & is_answer
         left = ~ended.any(1) & (span[:, -1] + 1 < ends[rows])
         if cache is not None and left.any():
             if not left.all():
                 cache.keep_rows(left)
-            # keys and values made while there were masks are not those of the text: once more, without masks
-            model(ids[left], positions=span[left], cache=cache, logits_at=torch.zeros_like(rows[left]))
-        rows, number = rows[left], number + 1
+            # keys and values made while there were masks are not those of the text: once more
+            at_first = torch.zeros_like(rows[left])
+            model(ids[left], positions=span[left], cache=cache, logits_at=at_first)
+        rows = rows[left]
+        number += 1
 
 
 def denoise(model, canvas, rows, span, lengths, ends, rule, noise_keys, cache):
     """Fill one block of the rows in place; yields what was written after every forward pass, (b, block) bool.
 
-    rows (b,) of the canvas and span (b, block): where their block lies. With an edit threshold, written tokens are
-    replaced as well, also for some passes after the last mask is gone (LLaDA2.1), until nothing changes.
+    rows (b,) of the canvas and span (b, block): where their block lies. With an edit threshold,
+    written tokens are replaced as well, also for some passes after the last mask is gone
+    (LLaDA2.1), until nothing changes.
     """
     answer = span >= lengths[rows, None]  # the first block may begin in the prompt
     editing = rule.edit_threshold >= 0
-    settled = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)  # a pass without masks changed nothing
-    post = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)  # passes without masks
+    # a row has settled when a pass without masks changed nothing; post: passes without masks
+    settled = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    post = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     for step in range(len(rule.schedule) + MAX_POST_STEPS * editing):
         ids = canvas[rows[:, None], span]  # (b, block)
         masked = answer & (ids == model.config.mask_token_id)
@@ -380,18 +440,18 @@ def denoise(model, canvas, rows, span, lengths, ends, rule, noise_keys, cache):
         if not unfinished.any():
             return
         asked = (answer if editing else masked) & unfinished[:, None]
-        logits = predict(model, canvas, rows, span, lengths, ends, rule.cfg_scale, cache)  # (b, block, V)
-        u = order = None
-        if rule.temperature or rule.remasking == "random":
-            u, order = draws(noise_keys, step, span)  # (b, block) each
-        token, sure = propose(logits[asked], u if u is None else u[asked], rule, model.config)  # (N,) each
+        logits = predict(model, canvas, rows, span, lengths, ends, rule.cfg_scale, cache)
+        u = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
+        if rule.temperature or rule.remasking == "random":  # else nothing is drawn
+            u, shuffled = draws(noise_keys, step, span)  # (b, block) each
+        token, sure = propose(logits[asked], u[asked], rule, model.config)  # (N,) each
         tokens = ids.masked_scatter(asked, token)
-        p = torch.zeros_like(ids, dtype=torch.float64).masked_scatter(asked, sure)  # (b, block)
-        if rule.remasking == "low_confidence":
-            order = p
+        p = torch.zeros_like(u).masked_scatter(asked, sure)  # (b, block)
+        order = shuffled if rule.remasking == "random" else p
         if rule.eos_rule == "last":
-            order = order - torch.isin(tokens, torch.tensor(sorted(rule.eos_ids), device=rows.device)).double()
-        written = commit(order, masked, rule.schedule[min(step, len(rule.schedule) - 1)], rule.threshold)
+            order = order - is_in(tokens, rule.eos_ids).double()
+        count = rule.schedule[min(step, len(rule.schedule) - 1)]
+        written = commit(order, masked, count, rule.threshold)
         if editing:
             edited = asked & ~masked & (tokens != ids) & (p > rule.edit_threshold)
             settled = ~masked.any(1) & ~edited.any(1)
@@ -428,8 +488,9 @@ def predict(model, canvas, rows, span, lengths, ends, cfg_scale, cache):
 def propose(logits, u, rule, config):
     """logits (N, V), uniforms (N,) -> a token for each position, and its probability, both (N,); all in float64.
 
-    As in LLaDA's code, the probability is that among all ids (but not end-of-text where it may never be written: its
-    logits_eos_inf), although the mask and what only pads the vocabulary cannot be proposed.
+    As in LLaDA's code, the probability is that among all ids (but not end-of-text where it may
+    never be written: its logits_eos_inf), although the mask and what only pads the vocabulary
+    cannot be proposed.
     """
     logits = logits.double()
     if rule.eos_rule == "never":
@@ -442,11 +503,23 @@ def propose(logits, u, rule, config):
 
 
 def commit(order, masked, count, threshold):
-    """Which masked positions are written now, (b, block): the `count` highest in `order`, or, where more exceed the
-    threshold, all of these. Ties go to the leftmost. (LLaDA2's >; Fast-dLLM's >= differs at exactly the threshold.)"""
-    rank = order.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    """Which masked positions are written now, (b, block) bool.
+
+    The `count` highest in `order`, or, where more exceed the threshold, all of these. Ties go to
+    the leftmost. (LLaDA2's >; Fast-dLLM's >= differs at exactly the threshold.)
+    """
+    order = order.masked_fill(~masked, -torch.inf)
+    best_first = order.argsort(dim=-1, descending=True, stable=True)
+    rank = best_first.argsort(dim=-1)
     chosen = masked & (rank < count)
-    return chosen | (masked & (order > threshold)) if threshold else chosen
+    if threshold:
+        chosen |= masked & (order > threshold)
+    return chosen
+
+
+def is_in(ids, some):
+    """ids, any shape -> bool of the same shape: is it one of `some`?"""
+    return torch.isin(ids, torch.tensor(sorted(some), dtype=ids.dtype, device=ids.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,17 +527,27 @@ def commit(order, masked, count, threshold):
 
 
 def main(**given):
-    """Answer one prompt -> the answer's text. With --chat=true, one turn after the other until the input ends."""
+    """Answer one prompt -> the answer's text. With --chat=true, one turn after the other until the input ends.
+
+    Raises InputError for whatever cannot work, before weights are read where that can be known.
+    """
     cfg = Config(**given)
     if not cfg.model:
         raise InputError("--model is missing (--help lists the keys)")
     if not cfg.prompt and not cfg.chat:
         raise InputError("--prompt is missing (--help lists the keys); --chat=true asks for one turn after the other")
-    if cfg.dtype not in ("float32", "bfloat16"):
-        raise InputError(f"--dtype={cfg.dtype}: must be float32 or bfloat16")
-    folder = local_folder(cfg.model)
+    require(cfg, dtype=("float32", "bfloat16"))
     device = pick_device(cfg.device)
+    folder = local_folder(cfg.model)
+    config = read_config(folder)
     tokenizer = load_tokenizer(folder)
+    if cfg.chat and not tokenizer.template:
+        raise InputError(f"{folder}: no chat template, so there is no --chat=true; ask with --prompt")
+    if config.is_diffusion:
+        resolve_decoding(config, [], cfg)
+    else:
+        check_sampling(config, [], cfg)
+
     student = load(folder, device, getattr(torch, cfg.dtype))
     answer = ""
     turns = []
@@ -481,11 +564,21 @@ def questions(cfg):
         yield cfg.prompt
     while cfg.chat:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = next_line()
         except EOFError:
             return
         if line.strip():
             yield line
+
+
+def next_line():
+    """A line of standard input. Who types it is shown a "> ", which must not get into a pipe."""
+    if not sys.stdin.isatty():
+        return input()
+    if sys.stdout.isatty():
+        return input("> ")  # with the arrow keys, where Python has readline
+    print("> ", end="", file=sys.stderr, flush=True)
+    return input()
 
 
 def speak(student, tokenizer, turns, cfg):

@@ -28,6 +28,7 @@ import data
 import diffusion
 import model
 from batches import micro_batches, pack, padded_slots
+from diffusion import Corruption
 from hf import families
 from hf.families import local_folder
 from hf.tokenizer import Tokenizer, load_tokenizer
@@ -53,7 +54,7 @@ from trajectory import record
 
 
 @dataclass
-class Config(Sampling):
+class Config(Sampling, Corruption):
     # what
     run: str = ""  # name of the run: its folder is runs/<run>
     model: str = ""  # the student, theta_0: a Hugging Face folder or hub id
@@ -71,13 +72,6 @@ class Config(Sampling):
     beta2: float = 0.999  # AdamW
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     seed: int = 0  # order of the examples, noise, sampling
-    # diffusion students: diffusion.corrupt_batch says what each means
-    objective: str = ""  # llada, llada_pretrain or block; default: the fine-tuning loss of the family
-    forced_weight: str = "one"  # of a token that the selection forces, under a 1/p loss: one or t
-    weighting: str = ""  # of block: mean (default) or 1/t
-    t_min: float = -1.0  # least noise level; -1: the objective's own
-    t_max: float = -1.0  # greatest
-    complementary: bool = False  # each example twice, with a mask and with its complement
     confidence_draws: int = 0  # recorded confidence: the mean of so many random masks; 0: one, the whole response
     # memory and speed, not results
     micro_batch_size: int = 8  # rows in one forward pass of one process
@@ -298,7 +292,7 @@ def read_inputs(cfg):
     source = local_folder(cfg.model)
     shape, tokenizer = families.read_config(source), load_tokenizer(source)
     if shape.is_diffusion:
-        diffusion.check_objective(shape, cfg.objective, cfg.forced_weight, cfg.weighting, cfg.t_min, cfg.t_max)
+        diffusion.resolve_corruption(shape, cfg)
     if shape.is_diffusion and cfg.packing:
         raise InputError("--packing=true is for autoregressive students: a diffusion objective lays out its own rows")
     train_set, eval_set = load_data(cfg.data, tokenizer), load_data(cfg.eval_data, tokenizer)

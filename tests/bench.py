@@ -558,7 +558,9 @@ def masked_step(rows, length, vocabulary):
     spans = np.stack([ends - length, ends - length + length // 4, ends], 1)
     tokens = np.random.default_rng(0).integers(2, vocabulary, rows * length).astype(np.uint32)
     examples = data.Data("random", tokens, spans, [{"id": str(i)} for i in range(rows)], {}, "")
-    return student, diffusion.corrupt_batch(student.config, examples, range(rows), seed=0, step=0, length=length)
+    loss = diffusion.Corruption()
+    batch = diffusion.corrupt_batch(student.config, examples, range(rows), loss, seed=0, step=0, length=length)
+    return student, batch
 
 
 def masked_loss(student, batch):

@@ -1,37 +1,23 @@
-"""diffusion.py: the noise as statistics, losses and confidences against loops, samplers against the authors' rules.
+"""diffusion.py: the noise as statistics, losses and confidences against loops.
 
-Oracles are written here from the formulas (LLaDA's GUIDELINES.md and generate.py, dFactory's block-diffusion training,
-LLaDA2's and LLaDA2.1's generate), one sequence and one token at a time, on tiny models with random weights.
+Oracles are written here from the formulas (LLaDA's GUIDELINES.md, dFactory's block-diffusion training), one sequence
+and one token at a time, on tiny models with random weights.
 """
 
-import copy
 import hashlib
 import itertools
 import math
-import os
-import pty
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from asking import ask
-from test_model_diffusion import make_llada2
 
 import data
 import diffusion
-import eval as evaluation
 import model
-import sample
-from diffusion import corrupt_batch
+from diffusion import Corruption, corrupt_batch
 from hf import families
-from hf import tokenizer as tokenizer_file
-from plumbing.config import InputError, read_json
 
-ROOT = Path(__file__).parent.parent
 MASK, EOS, V, BLOCK = 48, 2, 50, 4
 LENGTHS = [(3, 5), (5, 8), (2, 1), (6, 12)]  # tokens of prompt and response of each example: no two rows alike
 
@@ -66,9 +52,9 @@ LONGEST = int((SET.spans[:, 2] - SET.spans[:, 0]).max())
 FORCED = SET.response_mask() & (np.random.default_rng(5).random(len(SET.tokens)) < 0.4)
 
 
-def batch_of(student, examples=ALL, *, seed=3, step=7, **keys):
-    return corrupt_batch(student.config, keys.pop("train_set", SET), examples, seed=seed, step=step,
-                         length=keys.pop("length", LONGEST), **keys)  # fmt: skip
+def batch_of(student, examples=ALL, *, seed=3, step=7, train_set=SET, length=LONGEST, forced=None, **keys):
+    return corrupt_batch(student.config, train_set, examples, Corruption(**keys), seed=seed, step=step, length=length,
+                         forced=forced)  # fmt: skip
 
 
 def weighted_nll(student, batch):
@@ -83,7 +69,7 @@ def noise(seed, step, name, n):
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(n)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The noise
 
 
@@ -141,7 +127,7 @@ def test_corruption_is_a_function_of_seed_step_and_example(objective):
     assert not torch.equal(batch["ids"][0], batch["ids"][1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Objectives
 
 
@@ -337,29 +323,7 @@ def test_block_mask_equals_the_loops(T, block):
             assert sees[0, 0, i, j] == rule[i < T, j < T]
 
 
-@pytest.mark.parametrize("attention, keys, message", [
-    ("full", dict(objective="block"), "not for llada"), ("block", dict(objective="llada"), "not for llada2_moe"),
-    ("full", dict(objective="mdlm"), "must be one of llada_pretrain, llada, block"),
-    ("full", dict(weighting="mean"), "only block objectives"), ("block", dict(weighting="t"), "must be mean or 1/t"),
-    ("full", dict(forced_weight="2"), "must be one or t"), ("full", dict(t_min=0.0), "t_min"),
-    ("block", dict(t_min=0.9), "t_min"), ("block", dict(t_max=1.5), "t_max"), ("block", dict(t_max=-3.0), "t_max"),
-    ("full", dict(length=3), "length 3 is less than the 18 tokens"),
-])  # fmt: skip
-def test_objectives_that_cannot_be(attention, keys, message):
-    with pytest.raises(InputError, match=message):
-        batch_of(make_student(attention), **keys)
-
-
-def test_models_that_cannot_be_trained_like_this():
-    for changes, message in ((dict(mask_token_id=V), "50 ids"), (dict(mask_token_id=None), "mask_token_id None"),
-                             (dict(attention="causal"), "no masked-diffusion model"),
-                             (dict(pad_token_id=None, eos_token_ids=[]), "cannot be padded")):  # fmt: skip
-        with pytest.raises(InputError, match=message):
-            config = replace(make_student("full").config, **changes)
-            corrupt_batch(config, SET, ALL, seed=0, step=0, length=LONGEST)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Confidence
 
 
@@ -403,407 +367,3 @@ def test_confidence_asks_for_as_many_passes_whatever_there_is_to_do(monkeypatch,
             passes.clear()
             assert len(diffusion.confidence(student, SET, examples, draws)) == len(examples)
             assert len(passes) == n
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Samplers
-
-PROMPTS = [[5, 6, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, MASK, 12], [40]]  # a mask in a prompt is prompt
-
-
-def trajectory(student, prompt, n, **keys):
-    """[(canvas, positions written), ...] of one prompt; nothing ends it unless asked."""
-    return [(canvas[0].tolist(), new[0].nonzero().flatten().tolist())
-            for canvas, new in ask(sample.generate, student, [prompt], n, **{"eos_ids": (), **keys})]  # fmt: skip
-
-
-def llada_by_the_rules(student, prompt, n, block, steps, cfg=0.0, threshold=None, no_eos=False, eos_last=(),
-                       temperature=0.0, random=False):  # fmt: skip
-    """LLaDA's generate.py, one sequence; the documented uniforms (seed 0, example 0) where it draws."""
-    x, P, found = prompt + [MASK] * n, len(prompt), []
-    per = steps // (n // block)
-    for b in range(n // block):
-        low, high = P + b * block, P + (b + 1) * block
-        for step in range(per):
-            with torch.no_grad():
-                logits = student(torch.tensor([x]))[0]
-                if cfg:
-                    free = student(torch.tensor([[MASK] * P + x[P:]]))[0]
-                    logits = free + (cfg + 1) * (logits - free)
-            logits = logits.double()
-            if no_eos:
-                logits[:, EOS] = -torch.inf
-            p = logits.softmax(-1)
-            logits[:, MASK] = -torch.inf
-            proposed = logits.argmax(-1).tolist()
-            u = noise(f"0 {b}", step, 0, 2 * block)
-            if temperature:
-                cdf = (logits[low:high] / temperature).softmax(-1).cumsum(-1)
-                proposed[low:high] = [int((row > u[i] * row[-1]).nonzero()[0]) for i, row in enumerate(cdf)]
-            sure = {i: float(u[block + i - low] if random else p[i, proposed[i]])
-                    for i in range(low, high) if x[i] == MASK}  # fmt: skip
-            count = block // per + (step < block % per)
-            order = sorted(sure, key=lambda i: (proposed[i] in eos_last, -sure[i], i))
-            chosen = order[:count]
-            if threshold is not None:
-                above = [i for i in order if sure[i] > threshold and proposed[i] not in eos_last]
-                chosen = above if len(above) >= count else chosen
-            if not chosen:
-                break
-            for i in chosen:
-                x[i] = proposed[i]
-            found.append((list(x), sorted(chosen)))
-    return found
-
-
-@pytest.mark.parametrize("block, steps", [(8, 24), (8, 6), (4, 18), (24, 9), (24, 24), (8, 3), (1, 24)])
-@pytest.mark.parametrize("cfg", [0.0, 1.5])
-def test_llada_sampler_equals_the_rules_at_temperature_0(block, steps, cfg):
-    for seed in range(2):
-        student = make_student("full", seed=seed)
-        for prompt in PROMPTS[:2]:
-            expected = llada_by_the_rules(student, prompt, 24, block, steps, cfg)
-            assert len(expected) == steps
-            ours = trajectory(student, prompt, 24, block_length=block, denoising_steps=steps, cfg_scale=cfg)
-            assert ours == expected
-
-
-@pytest.mark.parametrize("keys", [dict(temperature=0.8), dict(temperature=1.5), dict(remasking="random"),
-                                  dict(temperature=1.0, remasking="random")], ids=str)  # fmt: skip
-def test_what_is_drawn_is_a_function_of_seed_example_block_pass_and_position(keys):
-    student = make_student("full")
-    expected = llada_by_the_rules(student, PROMPTS[1], 24, 8, 12, temperature=keys.get("temperature", 0.0),
-                                  random="remasking" in keys)  # fmt: skip
-    assert trajectory(student, PROMPTS[1], 24, block_length=8, denoising_steps=12, **keys) == expected
-
-
-@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.9])
-def test_threshold_writes_all_that_is_sure_and_at_least_one(threshold):
-    lengths = []
-    for seed in range(3):
-        student = make_student("full", seed=seed)
-        expected = llada_by_the_rules(student, PROMPTS[1], 24, 8, 24, threshold=threshold)
-        assert trajectory(student, PROMPTS[1], 24, block_length=8, threshold=threshold) == expected
-        lengths.append(len(expected))
-    assert min(lengths) < 24 if threshold < 0.9 else max(lengths) > 12
-
-
-def with_an_end(student, prompt, n, block):
-    """A student that writes EOS into the first block: where it was surest of a token it now is surer of EOS."""
-    student = copy.deepcopy(student)
-    canvas, (at, *_) = trajectory(student, prompt, n, block_length=block, threshold=1.0)[0]
-    with torch.no_grad():
-        student.lm_head.weight[EOS] = 1.5 * student.lm_head.weight[canvas[at]]
-    return student, canvas[at]
-
-
-def test_eos_rules():
-    """never: LLaDA's logits_eos_inf; last: its confidence_eos_eot_inf as it was meant (LLaDA#137)."""
-    later = 0
-    for seed in range(4):
-        student, eot = with_an_end(make_student("full", seed=seed), PROMPTS[0], 16, 16)
-        free = trajectory(student, PROMPTS[0], 16, block_length=16)
-        never = trajectory(student, PROMPTS[0], 16, block_length=8, eos_rule="never", eos_ids={EOS})
-        assert never == llada_by_the_rules(student, PROMPTS[0], 16, 8, 16, no_eos=True)
-        assert EOS in free[-1][0] and EOS not in never[-1][0]
-        for threshold in (0.0, 0.2):
-            last = trajectory(student, PROMPTS[0], 16, block_length=16, eos_rule="last", eos_ids={EOS, eot},
-                              threshold=threshold)  # fmt: skip
-            assert last == llada_by_the_rules(student, PROMPTS[0], 16, 16, 16, threshold=threshold or None,
-                                              eos_last=(EOS, eot))  # fmt: skip
-        passes = [sum(EOS not in canvas for canvas, _ in run) / len(run) for run in (free, last)]
-        later += passes[1] > passes[0]
-    assert later >= 3
-
-
-def llada2_by_the_rules(student, prompt, n, threshold=0.95, steps=None, edit=None):
-    """LLaDA2's and (with edit) LLaDA2.1's generate at temperature 0: no cache, one sequence."""
-    c = student.config
-    block, P, found = c.block_length, len(prompt), []
-    total = math.ceil((P + n) / block) * block
-    x, count = prompt + [c.mask_token_id] * (total - P), block // (steps or block)
-    for low in range(P // block * block, total, block):
-        span, post = range(max(low, P), low + block), 0
-        while True:
-            masked = [i for i in span if x[i] == c.mask_token_id]
-            if not masked:
-                post += 1
-                if edit is None or post > 16:
-                    break
-            with torch.no_grad():
-                logits = student(torch.tensor([x[: low + block]]))[0].double()
-            p = logits.softmax(-1)
-            logits[:, c.mask_token_id] = -torch.inf
-            proposed = logits.argmax(-1).tolist()
-            above = [i for i in masked if p[i, proposed[i]] > threshold]
-            order = sorted(masked, key=lambda i: (-float(p[i, proposed[i]]), i))
-            chosen = above if len(above) >= count else order[:count]
-            edits = [i for i in span if edit is not None and i not in masked and proposed[i] != x[i]
-                     and p[i, proposed[i]] > edit]  # fmt: skip
-            for i in chosen + edits:
-                x[i] = proposed[i]
-            found.append((list(x), sorted(chosen + edits)))
-            if not masked and not edits:
-                break
-        if any(i in c.eos_token_ids for i in x[P : low + block]):
-            break
-    return found
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory):
-    """A LLaDA2 with experts, blocks of 4."""
-    folder = tmp_path_factory.mktemp("llada2")
-    make_llada2(folder)
-    return model.load(folder)
-
-
-MINI_PROMPTS = [[5, 60, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, 6, 4, 12], [40]]
-
-
-@pytest.mark.parametrize("keys", [
-    {}, dict(threshold=0.2), dict(denoising_steps=10, threshold=1.0), dict(edit_threshold=0.3),
-    dict(edit_threshold=0.0, threshold=0.1),
-], ids=str)  # fmt: skip
-def test_llada2_sampler_equals_the_rules_with_and_without_cache(mini, keys):
-    steps = keys.get("denoising_steps")
-    for prompt in MINI_PROMPTS[: 2 if "edit_threshold" in keys else 4]:
-        expected = llada2_by_the_rules(mini, prompt, 18, keys.get("threshold", 0.95), steps and steps // 5,
-                                       keys.get("edit_threshold"))  # fmt: skip
-        for use_cache in (True, False):
-            ours = trajectory(mini, prompt, 18, eos_ids={2}, use_cache=use_cache, **keys)
-            assert ours == expected
-
-
-def test_editing_changes_something_and_ends(mini):
-    plain = trajectory(mini, MINI_PROMPTS[1], 18)
-    edited = trajectory(mini, MINI_PROMPTS[1], 18, edit_threshold=0.0)
-    assert plain[-1][0] != edited[-1][0]
-    blocks = math.ceil((9 + 18) / 4) - 2
-    assert len(plain) < len(edited) <= blocks * (4 + diffusion.MAX_POST_STEPS)
-
-
-def test_the_cache_holds_what_a_clean_pass_would_write(mini, monkeypatch):
-    """And a pass reads one block, never more, whatever lies before it."""
-    made, fed, plain = [], [], model.Transformer.forward
-
-    def forward(self, ids, *args, cache=None, **keys):
-        made.append(cache)
-        fed.append(ids.shape[1])
-        return plain(self, ids, *args, cache=cache, **keys)
-
-    monkeypatch.setattr(model.Transformer, "forward", forward)
-    *_, (canvas, _) = ask(sample.generate, mini, [MINI_PROMPTS[1]], 23, eos_ids=())
-    assert fed[0] == 8 and set(fed[1:]) == {4} and canvas.shape[1] == 32
-    clean = model.Cache(mini.config, 1, 32)
-    with torch.no_grad():
-        plain(mini, canvas[:, :28], cache=clean)  # the last block is not needed any more
-    for ours, theirs in ((made[0].k, clean.k), (made[0].v, clean.v)):
-        for a, b in zip(ours, theirs, strict=True):
-            assert torch.allclose(a[:, :, :28], b[:, :, :28], atol=1e-5)
-
-
-SETTINGS = [
-    {}, dict(temperature=1.0), dict(temperature=0.7, top_k=8, top_p=0.9), dict(remasking="random"),
-    dict(temperature=1.0, threshold=0.2), dict(temperature=1.0, edit_threshold=0.1), dict(eos_rule="last"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("keys", SETTINGS, ids=str)
-def test_answers_do_not_depend_on_batch_or_order(student, keys):
-    def answers(order, **more):
-        found = ask(sample.sample, student, [PROMPTS[i] for i in order], 20, seed=3, example_ids=[f"x{i}" for i in order], eos_ids={EOS},
-            **{"temperature": 0, "block_length": 4, **keys, **more})  # fmt: skip
-        return dict(zip(order, found, strict=True))
-
-    together = answers([0, 1, 2, 3])
-    assert answers([3, 1, 0, 2]) == answers([0, 1, 2, 3], batch_size=3) == together
-    assert {i: answers([i])[i] for i in range(4)} == together
-    if keys.get("temperature") or "remasking" in keys:
-        other = ask(sample.sample, student, PROMPTS, 20, **{"temperature": 0, **keys, "block_length": 4, "seed": 4},
-                                  example_ids=[f"x{i}" for i in range(4)], eos_ids={EOS})  # fmt: skip
-        assert other != list(together.values())
-    if student.config.attention == "block":
-        uncached = ask(sample.write_in_blocks, student, PROMPTS, 20, seed=3, example_ids=[f"x{i}" for i in range(4)],
-                                    eos_ids={EOS}, use_cache=False, **keys)  # fmt: skip
-        assert uncached == list(together.values())
-
-
-def test_tokens_are_drawn_from_the_softmax(student):
-    """One token, 4000 times: the counts against softmax(logits / temperature), chi-square over the likely ones."""
-    with torch.no_grad():
-        logits = student(torch.tensor([[5, 6, 7, MASK]]))[0, 3].double()
-    logits[MASK] = -torch.inf
-    expected = 4000 * (logits / 0.8).softmax(-1).numpy()
-    drawn = ask(sample.write_in_blocks, student, [[5, 6, 7]] * 4000, 1, temperature=0.8, eos_ids=())
-    counts = np.bincount([answer[0] for answer in drawn], minlength=V)
-    likely = expected > 10
-    assert likely.sum() > 4 and counts[MASK] == 0
-    chi = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
-    assert chi < likely.sum() + 4 * math.sqrt(2 * likely.sum())
-
-
-def test_random_order_is_random():
-    """LLaDA's remasking = random: which of 8 masks is filled first is uniform, whatever the model is sure of."""
-    first = np.zeros(8)
-    steps = ask(sample.generate, make_student("full"), [[5, 6, 7]] * 2000, 8, remasking="random")
-    _, new = next(steps)
-    assert (new.sum(1) == 1).all()
-    first = new[:, 3:].sum(0).numpy()
-    assert ((first - 250) ** 2 / 250).sum() < 24.3  # 7 degrees of freedom, p = 0.001
-
-
-def test_neither_the_mask_nor_ids_beyond_the_tokenizer_come_out(student):
-    raw = student(torch.tensor([PROMPTS[1] + [MASK] * 3]))[0].softmax(-1)
-    assert raw[:, MASK].max() > 1e-4 and raw[:, 40:].sum(-1).max() > 1e-2  # they could
-    answers = ask(sample.write_in_blocks, student, [PROMPTS[1]] * 50, 32, temperature=1.5, vocab_size=40, eos_ids=())
-    assert {len(a) for a in answers} == {32} and max(max(a) for a in answers) < 40
-    answers = ask(sample.write_in_blocks, student, [PROMPTS[1]] * 50, 32, temperature=1.5, eos_ids=())
-    assert not any(MASK in a for a in answers) and max(max(a) for a in answers) > 40
-
-
-def test_confidence_is_the_probability_among_all_ids():
-    """LLaDA's: the mask and ids beyond the tokenizer are never proposed, but keep their share; in float64."""
-    config, logits = make_student("full").config, torch.zeros(1, V)
-    logits[0, [MASK, 44]], logits[0, 7] = 3.0, 1.0
-    total = 2 * math.exp(3.0) + math.e + V - 3
-    for eos_rule, rest in (("free", 0.0), ("never", 1.0)):
-        rule = sample.Decoding(eos_rule=eos_rule, eos_ids=[EOS], vocab_size=40)
-        for temperature, u in ((0.0, None), (1e-9, torch.full((1,), 0.5, dtype=torch.float64))):
-            token, sure = sample.propose(logits.clone(), u, replace(rule, temperature=temperature), config)
-            assert token.tolist() == [7] and sure.dtype == torch.float64
-            assert sure.item() == pytest.approx(math.e / (total - rest), rel=1e-14)
-
-
-def test_two_tokens_that_float32_cannot_tell_apart_are_drawn_by_float64_probabilities():
-    """1 + 1e-12 over 1e-12: the second has odds exp(1), in float32 they would be even."""
-    config, logits = make_student("full").config, torch.full((1, V), -1e9, dtype=torch.float64)
-    logits[0, 5], logits[0, 6] = 1.0, 1.0 + 1e-12
-    rule = sample.Decoding(temperature=1e-12, eos_ids=[], vocab_size=V)
-    for u, expected in ((0.26, 5), (0.28, 6)):  # 1 / (1 + e) = 0.269
-        token, _ = sample.propose(logits.clone(), torch.tensor([u], dtype=torch.float64), rule, config)
-        assert token.tolist() == [expected]
-
-
-def test_decoding_stops_after_the_block_with_the_end(student):
-    ended = 0
-    for prompt in PROMPTS:
-        likely, _ = with_an_end(student, prompt, 60, 4)
-        *_, (canvas, _) = ask(sample.generate, likely, [prompt], 60, block_length=4, eos_ids={EOS})
-        row = canvas[0].tolist()
-        end, start = row.index(EOS, len(prompt)), len(prompt) if likely.config.attention == "full" else 0
-        stop = start + (end - start) // 4 * 4 + 4
-        assert MASK not in row[len(prompt) : stop] and set(row[stop:]) == {MASK}  # that block is whole, none behind it
-        ended += stop < len(row) - 8
-        *_, (default, _) = ask(sample.generate, likely, [prompt], 60, block_length=4)  # the model's own ids
-        assert torch.equal(default, canvas)
-        assert ask(sample.write_in_blocks, likely, [prompt], 60, block_length=4) == [row[len(prompt) : end]]
-        answers = ask(sample.sample, likely, PROMPTS, 60, temperature=0, block_length=4, eos_ids={EOS})
-        assert answers[PROMPTS.index(prompt)] == row[len(prompt) : end]
-    assert ended >= 3
-
-
-@pytest.mark.parametrize("attention, keys, message", [
-    ("full", dict(block_length=7), "block_length = 7 does not divide max_new_tokens = 24"),
-    ("full", dict(block_length=8, denoising_steps=2), "denoising_steps = 2: must be a multiple of the 3 blocks"),
-    ("full", dict(block_length=8, denoising_steps=10), "denoising_steps = 10"),
-    ("block", dict(denoising_steps=5), "denoising_steps = 5: must be a multiple of the 6 blocks"),
-    ("block", dict(block_length=8), "trained for 4"), ("block", dict(cfg_scale=1.0), "only for LLaDA"),
-    ("full", dict(remasking="random", threshold=0.5), "exclude each other"),
-    ("full", dict(remasking="high"), "remasking = high"), ("full", dict(threshold=1.5), "threshold = 1.5"),
-    ("full", dict(temperature=-1.0), "temperature = -1.0"), ("full", dict(eos_rule="first"), "eos_rule = first"),
-    ("full", dict(max_new_tokens=128), "3 tokens and max_new_tokens = 128 are longer than the model's context of 128"),
-    ("full", dict(max_new_tokens=0), "max_new_tokens = 0"),
-])  # fmt: skip
-def test_decoding_that_cannot_be(attention, keys, message):
-    with pytest.raises(InputError, match=message):
-        next(ask(sample.generate, make_student(attention), [PROMPTS[0]], **{"max_new_tokens": 24, **keys}))
-
-
-def test_prompts_that_cannot_be():
-    student = make_student("full")
-    for prompt in ([], [V], [-1]):
-        with pytest.raises(InputError, match="prompt 1 is empty or has an id outside"):
-            next(ask(sample.generate, student, [[3], prompt], 8, block_length=8))
-    with pytest.raises(InputError, match="prompt 0 of 130 tokens .* context of 128"):
-        ask(sample.sample, student, [[5] * 130], 8, block_length=8)
-    student.config = replace(student.config, mask_token_id=V)
-    with pytest.raises(InputError, match="mask_token_id 50 is not one of"):
-        next(ask(sample.generate, student, [[3]], 8))
-    with torch.no_grad():
-        student = make_student("full")
-        student.lm_head.weight[7] = torch.nan
-    with pytest.raises(InputError, match="not finite"):
-        next(ask(sample.generate, student, [[3]], 8))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The same commands
-
-
-WORLD = dict(teacher=3, students=("llada",))
-
-
-def test_eval_samples_from_a_diffusion_student(world, monkeypatch, capsys):
-    monkeypatch.chdir(world)
-    results = evaluation.main(model="llada", data="data/toy-1/unseen", temperature=0.0, max_new_tokens=16,
-                              samples=2, block_length=8, device="cpu")  # fmt: skip
-    rows, summary = results["llada"][1], read_json("runs/llada/eval/unseen.json")
-    problems, student = data.load("data/toy-1/unseen"), model.load("llada")
-    tokenizer = tokenizer_file.load_tokenizer(Path("llada"))
-    for row in rows:
-        i = [e["id"] for e in problems.examples].index(row["id"])
-        ids = ask(sample.write_in_blocks, student, [problems.prompt(i).tolist()], 16, block_length=8, eos_ids={0},
-                               vocab_size=tokenizer.vocab_size)[0]  # fmt: skip
-        assert row["response"] == tokenizer.decode(ids) and "<|mask|>" not in row["response"]
-    assert len(rows) == 6 and summary["block_length"] == 8 and summary["problems"] == 3
-    capsys.readouterr()
-
-
-COMMAND = [sys.executable, str(ROOT / "sample.py"), "--model=llada", "--prompt=3+5*2-7+4?", "--max_new_tokens=16",
-           "--block_length=8", "--device=cpu"]  # fmt: skip
-
-
-def test_into_a_pipe_goes_the_answer_alone(world):
-    done = subprocess.run([*COMMAND, "--denoising_steps=4"], cwd=world, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    student, tokenizer = model.load(world / "llada"), tokenizer_file.load_tokenizer(world / "llada")
-    prompt = tokenizer.encode_prompt([{"role": "user", "content": "3+5*2-7+4?"}])
-    [ids] = ask(sample.sample, student, [prompt], 16, block_length=8, denoising_steps=4, eos_ids={0},
-                vocab_size=tokenizer.vocab_size)  # fmt: skip
-    assert done.stdout == tokenizer.decode(ids) + "\n"
-
-
-
-def test_the_command_draws_on_a_terminal(world):
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(COMMAND, cwd=world, stdout=theirs, stderr=theirs, close_fds=True)
-    os.close(theirs)
-    seen = b""
-    try:
-        while piece := os.read(ours, 4096):
-            seen += piece
-    except OSError:  # how Linux ends a terminal
-        pass
-    assert process.wait(timeout=100) == 0
-    text = seen.decode()
-    assert text.startswith("\x1b[?1049h\x1b[H\x1b[J") and text.count("\x1b[J") == text.count("pass ")
-    assert "\x1b[32m" in text and "░" in text
-    end = text.rpartition("\x1b[?1049l")[2]
-    assert "░" not in end and end.strip().endswith("forward passes)")
-
-
-@pytest.mark.parametrize("argument, message", [
-    ("--prompt=", "--prompt is missing"), ("--block_length=5", "does not divide"), ("--model=nowhere", "nowhere"),
-    ("--device=foo", "--device=foo: not on"),
-    ("--dtype=float16", "float32 or bfloat16"), ("--max_new_tokens=1000", "context of 256"),
-    ("--model=data/toy-1", "config.json"),
-])  # fmt: skip
-def test_the_command_refuses_in_one_line(world, monkeypatch, argument, message):
-    monkeypatch.chdir(world)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    given = dict(word[2:].split("=", 1) for word in [*COMMAND[2:5], COMMAND[6], "--block_length=8", argument])
-    typed = {k: int(v) if k in ("max_new_tokens", "block_length") else v for k, v in given.items()}
-    with pytest.raises(InputError, match=message) as error:
-        sample.main(**typed)
-    assert "\n" not in str(error.value)

@@ -1,6 +1,5 @@
-"""eval.py: graded answers, statistics, the command; and sample.py's ids against transformers."""
+"""eval.py: graded answers, statistics, the command."""
 
-import functools
 import itertools
 import json
 import math
@@ -9,192 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from asking import ask, files, lines
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from asking import files, lines
 
 import data
 import eval as evaluation
-import model
-import sample
 from hf import tokenizer as tokenizer_file
-from plumbing.config import InputError, read_json
+from plumbing.config import read_json
 from verify import grade
 
 ROOT = Path(__file__).parent.parent
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The sampler: greedy ids against transformers
-
-SHAPE = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0)  # fmt: skip
-TWINS = {  # several ends of text, so that random weights reach one
-    "qwen3": ("qwen3", dict(head_dim=16, tie_word_embeddings=True, eos_token_id=[5, 6, 7, 8, 9])),
-    "qwen2": ("qwen2", dict(tie_word_embeddings=False, eos_token_id=[7, 8, 9, 10])),
-    "llama": ("llama", dict(tie_word_embeddings=False, eos_token_id=[3, 11, 20, 21, 22])),
-}
-LENGTHS = (5, 1, 17, 9, 3, 12, 2, 8)
-
-
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory):
-    """name -> (our model, transformers' model) of the same random weights."""
-
-    @functools.cache
-    def make(name):
-        family, more = TWINS[name]
-        torch.manual_seed(0)
-        oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE | more)).eval()
-        with torch.no_grad():
-            for parameter in oracle.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-        folder = tmp_path_factory.mktemp(name)
-        oracle.save_pretrained(folder)
-        return model.load(folder), oracle
-
-    return make
-
-
-def some_prompts(lengths=LENGTHS, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(30, 97, n).tolist() for n in lengths]
-
-
-def without_end(ids, eos_ids):
-    return list(itertools.takewhile(lambda i: i not in eos_ids, ids))
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_greedy_ids_equal_transformers(twin, name):
-    """Uneven prompts: each alone, and as one batch padded on the left, as transformers wants it."""
-    ours, oracle = twin(name)
-    eos = ours.config.eos_token_ids
-    prompts, new = some_prompts(), 24
-    answers = ask(sample.sample, ours, prompts, new, temperature=0)  # ends with the model's own ids
-
-    longest = max(LENGTHS)
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    batch = oracle.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)[:, longest:].tolist()
-    for prompt, row, answer in zip(prompts, batch, answers, strict=True):
-        alone = oracle.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=new,
-                                do_sample=False)[0, len(prompt) :].tolist()  # fmt: skip
-        assert answer == without_end(alone, eos) == without_end(row, eos)
-    ended = [len(answer) < new for answer in answers]
-    assert any(ended) and len({len(answer) for answer in answers}) > 2  # rows left the batch at different times
-
-
-def test_batch_size_and_order_change_no_answer(twin):
-    ours, _ = twin("llama")
-    prompts, eos = some_prompts(), ours.config.eos_token_ids
-    names = [f"problem {i}" for i in range(len(prompts))]
-
-    def answers(order, batch_size, temperature):
-        found = ask(sample.sample, ours, [prompts[i] for i in order], 24, temperature, seed=4, eos_ids=eos,
-                                  example_ids=[names[i] for i in order], batch_size=batch_size)  # fmt: skip
-        return {names[i]: ids for i, ids in zip(order, found, strict=True)}
-
-    for temperature in (0, 1.0):
-        expected = answers(range(8), 1, temperature)
-        assert len({tuple(ids) for ids in expected.values()}) > 4
-        for batch_size in (2, 3, 8, 100):
-            assert answers([5, 2, 7, 0, 1, 6, 3, 4], batch_size, temperature) == expected
-    assert answers([6], 1, 1.0) == {names[6]: answers(range(8), 8, 1.0)[names[6]]}
-
-
-def test_more_tokens_continue_the_same_answer(twin):
-    ours, _ = twin("qwen3")
-    short, long = (ask(sample.sample, ours, some_prompts(), n, 1.0, seed=1, eos_ids=()) for n in (6, 20))
-    assert [ids[:6] for ids in long] == short and {len(ids) for ids in long} == {20}
-
-
-def test_seeds_and_example_ids_change_the_answer(twin):
-    ours, _ = twin("qwen3")
-    prompts = [[40, 41]] * 2
-    one, other = ask(sample.sample, ours, prompts, 12, 1.0, seed=1)
-    assert one != other  # the same prompt, asked twice
-    assert ask(sample.sample, ours, prompts, 12, 1.0, seed=2)[0] != one
-    assert ask(sample.sample, ours, prompts[:1], 12, 1.0, seed=1, example_ids=[1]) == [other]
-
-
-def test_the_end_is_not_part_of_the_answer(twin):
-    ours, _ = twin("qwen3")
-    free = ask(sample.sample, ours, some_prompts(), 20, temperature=0, eos_ids=())
-    for n in (0, 3, 11):
-        end = free[2][n]
-        stopped = ask(sample.sample, ours, some_prompts(), 20, temperature=0, eos_ids=[end])
-        assert stopped == [without_end(ids, [end]) for ids in free] and end not in sum(stopped, [])
-
-
-def test_rows_that_pad_the_embedding_never_come_out(twin):
-    ours, _ = twin("qwen3")
-    for temperature in (0, 1.0, 50.0):
-        ids = sum(ask(sample.sample, ours, some_prompts(), 30, temperature, vocab_size=60), [])
-        assert max(ids) < 60
-    assert max(sum(ask(sample.sample, ours, some_prompts(), 30, 50.0), [])) >= 60
-
-
-def test_bad_prompts_and_bad_logits_are_refused(twin):
-    ours, _ = twin("qwen3")
-    for prompt in ([], [97], [-1], [5, 200]):
-        with pytest.raises(InputError, match="prompt 1 is empty or has an id outside"):
-            ask(sample.sample, ours, [[5], prompt], 4)
-    for keys in (dict(temperature=-1), dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1), dict(batch_size=0)):
-        with pytest.raises(InputError, match=f"{list(keys)[0]} = .*out of range"):
-            ask(sample.sample, ours, [[5]], 4, **keys)
-    with pytest.raises(InputError, match="max_new_tokens = 0"):
-        ask(sample.sample, ours, [[5]], 0)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_logits_that_are_not_finite_are_refused(bad, temperature):
-    logits = torch.zeros(2, 5)
-    logits[1, 3] = bad
-    with pytest.raises(InputError, match="not finite"):
-        sample.next_token(logits, torch.full((2,), 0.5), temperature, 1.0, 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The sampler: probabilities against transformers' processors, by sweeping the uniforms
-
-
-@pytest.mark.parametrize("temperature, top_k, top_p", [
-    (1.0, 0, 1.0), (0.6, 0, 1.0), (2.5, 0, 1.0), (1.0, 1, 1.0), (1.0, 7, 1.0), (1.0, 10**6, 1.0), (1.0, 0, 0.9),
-    (1.0, 0, 1e-6), (0.7, 20, 0.8), (1.5, 3, 0.5),
-])  # fmt: skip
-def test_probabilities_equal_transformers(temperature, top_k, top_p):
-    torch.manual_seed(2)
-    logits = torch.randn(3, 50) * 3
-    n = 20000
-    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    drawn = torch.stack([
-        torch.bincount(sample.next_token(row.expand(n, 50), u, temperature, top_p, top_k), minlength=50) / n
-        for row in logits])  # fmt: skip
-    scores = TemperatureLogitsWarper(temperature)(None, logits)
-    scores = TopKLogitsWarper(min(top_k, 50))(None, scores) if top_k else scores
-    scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
-    expected = torch.softmax(scores, -1)
-    assert (drawn - expected).abs().max() < 2 / n
-    assert (drawn[expected == 0] == 0).all()
-
-
-def test_ids_of_probability_zero_are_never_drawn():
-    logits = torch.tensor([[-200.0, 0.0, -200.0, 0.0, -200.0]])
-    for u, expected in ((0.0, 1), (0.4999, 1), (0.5001, 3), (1 - 2**-53, 3)):
-        assert sample.next_token(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0, 0).item() == expected
-
-
-def test_top_p_where_the_1024_likeliest_do_not_hold_it():
-    """next_token sorts the whole vocabulary only then; the other row of the batch must not notice."""
-    logits = torch.stack([torch.zeros(5000), torch.linspace(0, -40, 5000)])
-    kept = sample.least_likely(torch.softmax(logits, -1), 0.9, 0) <= torch.softmax(logits, -1)
-    expected = [TopPLogitsWarper(0.9)(None, row[None]).isfinite().sum().item() for row in logits[1:]]
-    assert kept[0].all() and kept[1].sum().item() == expected[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

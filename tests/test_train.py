@@ -249,7 +249,8 @@ def test_a_diffusion_update_is_the_objective_of_the_whole_step(here, student):
     train_set, shape = data.load("data/toy-1/teacher"), families.read_config(student)
     chosen = batches.step_examples(N, 4, 0, 2)
     length = int(np.diff(train_set.spans[chosen][:, ::2]).max())
-    batch = diffusion.corrupt_batch(shape, train_set, chosen, seed=2, step=0, length=length, complementary=True)
+    noise = diffusion.Corruption(complementary=True)
+    batch = diffusion.corrupt_batch(shape, train_set, chosen, noise, seed=2, step=0, length=length)
     whole = model.load(student)
     nll = whole(batch["ids"], batch["targets"], positions=batch["positions"], attention=batch["attention"])
     loss = (nll * batch["weights"]).sum() / batch["count"]

@@ -1,0 +1,543 @@
+"""sample.py: greedy ids and probabilities against transformers, the authors' samplers, the command on a terminal.
+
+Oracles of the masked-diffusion samplers are written here from the rules (LLaDA's generate.py, LLaDA2's and LLaDA2.1's
+generate), one sequence and one token at a time, on tiny models with random weights.
+"""
+
+import copy
+import functools
+import itertools
+import math
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from asking import ask
+from test_diffusion import EOS, MASK, V, make_student, noise
+from test_model_diffusion import make_llada2
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import data
+import eval as evaluation
+import model
+import sample
+from hf import tokenizer as tokenizer_file
+from plumbing.config import read_json
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", params=["full", "block"])
+def student(request):
+    return make_student(request.param)
+
+
+# --------------------------------------------------------------------------------------------------
+# Autoregressive students: greedy ids against transformers
+
+SHAPE = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0)  # fmt: skip
+TWINS = {  # several ends of text, so that random weights reach one
+    "qwen3": ("qwen3", dict(head_dim=16, tie_word_embeddings=True, eos_token_id=[5, 6, 7, 8, 9])),
+    "qwen2": ("qwen2", dict(tie_word_embeddings=False, eos_token_id=[7, 8, 9, 10])),
+    "llama": ("llama", dict(tie_word_embeddings=False, eos_token_id=[3, 11, 20, 21, 22])),
+}
+LENGTHS = (5, 1, 17, 9, 3, 12, 2, 8)
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """name -> (our model, transformers' model) of the same random weights."""
+
+    @functools.cache
+    def make(name):
+        family, more = TWINS[name]
+        torch.manual_seed(0)
+        oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE | more)).eval()
+        with torch.no_grad():
+            for parameter in oracle.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        folder = tmp_path_factory.mktemp(name)
+        oracle.save_pretrained(folder)
+        return model.load(folder), oracle
+
+    return make
+
+
+def some_prompts(lengths=LENGTHS, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(30, 97, n).tolist() for n in lengths]
+
+
+def without_end(ids, eos_ids):
+    return list(itertools.takewhile(lambda i: i not in eos_ids, ids))
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_greedy_ids_equal_transformers(twin, name):
+    """Uneven prompts: each alone, and as one batch padded on the left, as transformers wants it."""
+    ours, oracle = twin(name)
+    eos = ours.config.eos_token_ids
+    prompts, new = some_prompts(), 24
+    answers = ask(sample.sample, ours, prompts, new, temperature=0)  # ends with the model's own ids
+
+    longest = max(LENGTHS)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    batch = oracle.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)[:, longest:].tolist()
+    for prompt, row, answer in zip(prompts, batch, answers, strict=True):
+        alone = oracle.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=new,
+                                do_sample=False)[0, len(prompt) :].tolist()  # fmt: skip
+        assert answer == without_end(alone, eos) == without_end(row, eos)
+    ended = [len(answer) < new for answer in answers]
+    assert any(ended) and len({len(answer) for answer in answers}) > 2  # rows left the batch at different times
+
+
+def test_batch_size_and_order_change_no_answer(twin):
+    ours, _ = twin("llama")
+    prompts, eos = some_prompts(), ours.config.eos_token_ids
+    names = [f"problem {i}" for i in range(len(prompts))]
+
+    def answers(order, batch_size, temperature):
+        found = ask(sample.sample, ours, [prompts[i] for i in order], 24, temperature, seed=4, eos_ids=eos,
+                                  example_ids=[names[i] for i in order], batch_size=batch_size)  # fmt: skip
+        return {names[i]: ids for i, ids in zip(order, found, strict=True)}
+
+    for temperature in (0, 1.0):
+        expected = answers(range(8), 1, temperature)
+        assert len({tuple(ids) for ids in expected.values()}) > 4
+        for batch_size in (2, 3, 8, 100):
+            assert answers([5, 2, 7, 0, 1, 6, 3, 4], batch_size, temperature) == expected
+    assert answers([6], 1, 1.0) == {names[6]: answers(range(8), 8, 1.0)[names[6]]}
+
+
+def test_more_tokens_continue_the_same_answer(twin):
+    ours, _ = twin("qwen3")
+    short, long = (ask(sample.sample, ours, some_prompts(), n, 1.0, seed=1, eos_ids=()) for n in (6, 20))
+    assert [ids[:6] for ids in long] == short and {len(ids) for ids in long} == {20}
+
+
+def test_seeds_and_example_ids_change_the_answer(twin):
+    ours, _ = twin("qwen3")
+    prompts = [[40, 41]] * 2
+    one, other = ask(sample.sample, ours, prompts, 12, 1.0, seed=1)
+    assert one != other  # the same prompt, asked twice
+    assert ask(sample.sample, ours, prompts, 12, 1.0, seed=2)[0] != one
+    assert ask(sample.sample, ours, prompts[:1], 12, 1.0, seed=1, example_ids=[1]) == [other]
+
+
+def test_the_end_is_not_part_of_the_answer(twin):
+    ours, _ = twin("qwen3")
+    free = ask(sample.sample, ours, some_prompts(), 20, temperature=0, eos_ids=())
+    for n in (0, 3, 11):
+        end = free[2][n]
+        stopped = ask(sample.sample, ours, some_prompts(), 20, temperature=0, eos_ids=[end])
+        assert stopped == [without_end(ids, [end]) for ids in free] and end not in sum(stopped, [])
+
+
+def test_rows_that_pad_the_embedding_never_come_out(twin):
+    ours, _ = twin("qwen3")
+    for temperature in (0, 1.0, 50.0):
+        ids = sum(ask(sample.sample, ours, some_prompts(), 30, temperature, vocab_size=60), [])
+        assert max(ids) < 60
+    assert max(sum(ask(sample.sample, ours, some_prompts(), 30, 50.0), [])) >= 60
+
+
+# --------------------------------------------------------------------------------------------------
+# Autoregressive students: probabilities against transformers' processors, by sweeping the uniforms
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, 0, 1.0), (0.6, 0, 1.0), (2.5, 0, 1.0), (1.0, 1, 1.0), (1.0, 7, 1.0), (1.0, 10**6, 1.0), (1.0, 0, 0.9),
+    (1.0, 0, 1e-6), (0.7, 20, 0.8), (1.5, 3, 0.5),
+])  # fmt: skip
+def test_probabilities_equal_transformers(temperature, top_k, top_p):
+    torch.manual_seed(2)
+    logits = torch.randn(3, 50) * 3
+    n = 20000
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    drawn = torch.stack([
+        torch.bincount(sample.next_token(row.expand(n, 50), u, temperature, top_p, top_k), minlength=50) / n
+        for row in logits])  # fmt: skip
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    scores = TopKLogitsWarper(min(top_k, 50))(None, scores) if top_k else scores
+    scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
+    expected = torch.softmax(scores, -1)
+    assert (drawn - expected).abs().max() < 2 / n
+    assert (drawn[expected == 0] == 0).all()
+
+
+def test_ids_of_probability_zero_are_never_drawn():
+    logits = torch.tensor([[-200.0, 0.0, -200.0, 0.0, -200.0]])
+    for u, expected in ((0.0, 1), (0.4999, 1), (0.5001, 3), (1 - 2**-53, 3)):
+        assert sample.next_token(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0, 0).item() == expected
+
+
+def test_top_p_where_the_1024_likeliest_do_not_hold_it():
+    """next_token sorts the whole vocabulary only then; the other row of the batch must not notice."""
+    logits = torch.stack([torch.zeros(5000), torch.linspace(0, -40, 5000)])
+    kept = sample.least_likely(torch.softmax(logits, -1), 0.9, 0) <= torch.softmax(logits, -1)
+    expected = [TopPLogitsWarper(0.9)(None, row[None]).isfinite().sum().item() for row in logits[1:]]
+    assert kept[0].all() and kept[1].sum().item() == expected[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Masked-diffusion students: the canvas against the authors' rules
+
+PROMPTS = [[5, 6, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, MASK, 12], [40]]  # a mask in a prompt is prompt
+
+
+def trajectory(student, prompt, n, **keys):
+    """[(canvas, positions written), ...] of one prompt; nothing ends it unless asked."""
+    return [(canvas[0].tolist(), new[0].nonzero().flatten().tolist())
+            for canvas, new in ask(sample.generate, student, [prompt], n, **{"eos_ids": (), **keys})]  # fmt: skip
+
+
+def llada_by_the_rules(student, prompt, n, block, steps, cfg=0.0, threshold=None, no_eos=False, eos_last=(),
+                       temperature=0.0, random=False):  # fmt: skip
+    """LLaDA's generate.py, one sequence; the documented uniforms (seed 0, example 0) where it draws."""
+    x, P, found = prompt + [MASK] * n, len(prompt), []
+    per = steps // (n // block)
+    for b in range(n // block):
+        low, high = P + b * block, P + (b + 1) * block
+        for step in range(per):
+            with torch.no_grad():
+                logits = student(torch.tensor([x]))[0]
+                if cfg:
+                    free = student(torch.tensor([[MASK] * P + x[P:]]))[0]
+                    logits = free + (cfg + 1) * (logits - free)
+            logits = logits.double()
+            if no_eos:
+                logits[:, EOS] = -torch.inf
+            p = logits.softmax(-1)
+            logits[:, MASK] = -torch.inf
+            proposed = logits.argmax(-1).tolist()
+            u = noise(f"0 {b}", step, 0, 2 * block)
+            if temperature:
+                cdf = (logits[low:high] / temperature).softmax(-1).cumsum(-1)
+                proposed[low:high] = [int((row > u[i] * row[-1]).nonzero()[0]) for i, row in enumerate(cdf)]
+            sure = {i: float(u[block + i - low] if random else p[i, proposed[i]])
+                    for i in range(low, high) if x[i] == MASK}  # fmt: skip
+            count = block // per + (step < block % per)
+            order = sorted(sure, key=lambda i: (proposed[i] in eos_last, -sure[i], i))
+            chosen = order[:count]
+            if threshold is not None:
+                above = [i for i in order if sure[i] > threshold and proposed[i] not in eos_last]
+                chosen = above if len(above) >= count else chosen
+            if not chosen:
+                break
+            for i in chosen:
+                x[i] = proposed[i]
+            found.append((list(x), sorted(chosen)))
+    return found
+
+
+@pytest.mark.parametrize("block, steps", [(8, 24), (8, 6), (4, 18), (24, 9), (24, 24), (8, 3), (1, 24)])
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+def test_llada_sampler_equals_the_rules_at_temperature_0(block, steps, cfg):
+    for seed in range(2):
+        student = make_student("full", seed=seed)
+        for prompt in PROMPTS[:2]:
+            expected = llada_by_the_rules(student, prompt, 24, block, steps, cfg)
+            assert len(expected) == steps
+            ours = trajectory(student, prompt, 24, block_length=block, denoising_steps=steps, cfg_scale=cfg)
+            assert ours == expected
+
+
+@pytest.mark.parametrize("keys", [dict(temperature=0.8), dict(temperature=1.5), dict(remasking="random"),
+                                  dict(temperature=1.0, remasking="random")], ids=str)  # fmt: skip
+def test_what_is_drawn_is_a_function_of_seed_example_block_pass_and_position(keys):
+    student = make_student("full")
+    expected = llada_by_the_rules(student, PROMPTS[1], 24, 8, 12, temperature=keys.get("temperature", 0.0),
+                                  random="remasking" in keys)  # fmt: skip
+    assert trajectory(student, PROMPTS[1], 24, block_length=8, denoising_steps=12, **keys) == expected
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.9])
+def test_threshold_writes_all_that_is_sure_and_at_least_one(threshold):
+    lengths = []
+    for seed in range(3):
+        student = make_student("full", seed=seed)
+        expected = llada_by_the_rules(student, PROMPTS[1], 24, 8, 24, threshold=threshold)
+        assert trajectory(student, PROMPTS[1], 24, block_length=8, threshold=threshold) == expected
+        lengths.append(len(expected))
+    assert min(lengths) < 24 if threshold < 0.9 else max(lengths) > 12
+
+
+def with_an_end(student, prompt, n, block):
+    """A student that writes EOS into the first block: where it was surest of a token it now is surer of EOS."""
+    student = copy.deepcopy(student)
+    canvas, (at, *_) = trajectory(student, prompt, n, block_length=block, threshold=1.0)[0]
+    with torch.no_grad():
+        student.lm_head.weight[EOS] = 1.5 * student.lm_head.weight[canvas[at]]
+    return student, canvas[at]
+
+
+def test_eos_rules():
+    """never: LLaDA's logits_eos_inf; last: its confidence_eos_eot_inf as it was meant (LLaDA#137)."""
+    later = 0
+    for seed in range(4):
+        student, eot = with_an_end(make_student("full", seed=seed), PROMPTS[0], 16, 16)
+        free = trajectory(student, PROMPTS[0], 16, block_length=16)
+        never = trajectory(student, PROMPTS[0], 16, block_length=8, eos_rule="never", eos_ids={EOS})
+        assert never == llada_by_the_rules(student, PROMPTS[0], 16, 8, 16, no_eos=True)
+        assert EOS in free[-1][0] and EOS not in never[-1][0]
+        for threshold in (0.0, 0.2):
+            last = trajectory(student, PROMPTS[0], 16, block_length=16, eos_rule="last", eos_ids={EOS, eot},
+                              threshold=threshold)  # fmt: skip
+            assert last == llada_by_the_rules(student, PROMPTS[0], 16, 16, 16, threshold=threshold or None,
+                                              eos_last=(EOS, eot))  # fmt: skip
+        passes = [sum(EOS not in canvas for canvas, _ in run) / len(run) for run in (free, last)]
+        later += passes[1] > passes[0]
+    assert later >= 3
+
+
+def llada2_by_the_rules(student, prompt, n, threshold=0.95, steps=None, edit=None):
+    """LLaDA2's and (with edit) LLaDA2.1's generate at temperature 0: no cache, one sequence."""
+    c = student.config
+    block, P, found = c.block_length, len(prompt), []
+    total = math.ceil((P + n) / block) * block
+    x, count = prompt + [c.mask_token_id] * (total - P), block // (steps or block)
+    for low in range(P // block * block, total, block):
+        span, post = range(max(low, P), low + block), 0
+        while True:
+            masked = [i for i in span if x[i] == c.mask_token_id]
+            if not masked:
+                post += 1
+                if edit is None or post > 16:
+                    break
+            with torch.no_grad():
+                logits = student(torch.tensor([x[: low + block]]))[0].double()
+            p = logits.softmax(-1)
+            logits[:, c.mask_token_id] = -torch.inf
+            proposed = logits.argmax(-1).tolist()
+            above = [i for i in masked if p[i, proposed[i]] > threshold]
+            order = sorted(masked, key=lambda i: (-float(p[i, proposed[i]]), i))
+            chosen = above if len(above) >= count else order[:count]
+            edits = [i for i in span if edit is not None and i not in masked and proposed[i] != x[i]
+                     and p[i, proposed[i]] > edit]  # fmt: skip
+            for i in chosen + edits:
+                x[i] = proposed[i]
+            found.append((list(x), sorted(chosen + edits)))
+            if not masked and not edits:
+                break
+        if any(i in c.eos_token_ids for i in x[P : low + block]):
+            break
+    return found
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """A LLaDA2 with experts, blocks of 4."""
+    folder = tmp_path_factory.mktemp("llada2")
+    make_llada2(folder)
+    return model.load(folder)
+
+
+MINI_PROMPTS = [[5, 60, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, 6, 4, 12], [40]]
+
+
+@pytest.mark.parametrize("keys", [
+    {}, dict(threshold=0.2), dict(denoising_steps=10, threshold=1.0), dict(edit_threshold=0.3),
+    dict(edit_threshold=0.0, threshold=0.1),
+], ids=str)  # fmt: skip
+def test_llada2_sampler_equals_the_rules_with_and_without_cache(mini, keys):
+    steps = keys.get("denoising_steps")
+    for prompt in MINI_PROMPTS[: 2 if "edit_threshold" in keys else 4]:
+        expected = llada2_by_the_rules(mini, prompt, 18, keys.get("threshold", 0.95), steps and steps // 5,
+                                       keys.get("edit_threshold"))  # fmt: skip
+        for use_cache in (True, False):
+            ours = trajectory(mini, prompt, 18, eos_ids={2}, use_cache=use_cache, **keys)
+            assert ours == expected
+
+
+def test_editing_changes_something_and_ends(mini):
+    plain = trajectory(mini, MINI_PROMPTS[1], 18)
+    edited = trajectory(mini, MINI_PROMPTS[1], 18, edit_threshold=0.0)
+    assert plain[-1][0] != edited[-1][0]
+    blocks = math.ceil((9 + 18) / 4) - 2
+    assert len(plain) < len(edited) <= blocks * (4 + sample.MAX_POST_STEPS)
+
+
+def test_the_cache_holds_what_a_clean_pass_would_write(mini, monkeypatch):
+    """And a pass reads one block, never more, whatever lies before it."""
+    made, fed, plain = [], [], model.Transformer.forward
+
+    def forward(self, ids, *args, cache=None, **keys):
+        made.append(cache)
+        fed.append(ids.shape[1])
+        return plain(self, ids, *args, cache=cache, **keys)
+
+    monkeypatch.setattr(model.Transformer, "forward", forward)
+    *_, (canvas, _) = ask(sample.generate, mini, [MINI_PROMPTS[1]], 23, eos_ids=())
+    assert fed[0] == 8 and set(fed[1:]) == {4} and canvas.shape[1] == 32
+    clean = model.Cache(mini.config, 1, 32)
+    with torch.no_grad():
+        plain(mini, canvas[:, :28], cache=clean)  # the last block is not needed any more
+    for ours, theirs in ((made[0].k, clean.k), (made[0].v, clean.v)):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a[:, :, :28], b[:, :, :28], atol=1e-5)
+
+
+SETTINGS = [
+    {}, dict(temperature=1.0), dict(temperature=0.7, top_k=8, top_p=0.9), dict(remasking="random"),
+    dict(temperature=1.0, threshold=0.2), dict(temperature=1.0, edit_threshold=0.1), dict(eos_rule="last"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", SETTINGS, ids=str)
+def test_answers_do_not_depend_on_batch_or_order(student, keys):
+    def answers(order, **more):
+        names = [f"x{i}" for i in order]
+        how = {"temperature": 0, "block_length": 4, **keys, **more}
+        found = ask(sample.sample, student, [PROMPTS[i] for i in order], 20, seed=3, example_ids=names, eos_ids={EOS},
+                    **how)  # fmt: skip
+        return dict(zip(order, found, strict=True))
+
+    together = answers([0, 1, 2, 3])
+    assert answers([3, 1, 0, 2]) == answers([0, 1, 2, 3], batch_size=3) == together
+    assert {i: answers([i])[i] for i in range(4)} == together
+    if keys.get("temperature") or "remasking" in keys:
+        other = ask(sample.sample, student, PROMPTS, 20, **{"temperature": 0, **keys, "block_length": 4, "seed": 4},
+                                  example_ids=[f"x{i}" for i in range(4)], eos_ids={EOS})  # fmt: skip
+        assert other != list(together.values())
+    if student.config.attention == "block":
+        uncached = ask(sample.write_in_blocks, student, PROMPTS, 20, seed=3, example_ids=[f"x{i}" for i in range(4)],
+                                    eos_ids={EOS}, use_cache=False, **keys)  # fmt: skip
+        assert uncached == list(together.values())
+
+
+def test_tokens_are_drawn_from_the_softmax(student):
+    """One token, 4000 times: the counts against softmax(logits / temperature), chi-square over the likely ones."""
+    with torch.no_grad():
+        logits = student(torch.tensor([[5, 6, 7, MASK]]))[0, 3].double()
+    logits[MASK] = -torch.inf
+    expected = 4000 * (logits / 0.8).softmax(-1).numpy()
+    drawn = ask(sample.write_in_blocks, student, [[5, 6, 7]] * 4000, 1, temperature=0.8, eos_ids=())
+    counts = np.bincount([answer[0] for answer in drawn], minlength=V)
+    likely = expected > 10
+    assert likely.sum() > 4 and counts[MASK] == 0
+    chi = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    assert chi < likely.sum() + 4 * math.sqrt(2 * likely.sum())
+
+
+def test_random_order_is_random():
+    """LLaDA's remasking = random: which of 8 masks is filled first is uniform, whatever the model is sure of."""
+    first = np.zeros(8)
+    steps = ask(sample.generate, make_student("full"), [[5, 6, 7]] * 2000, 8, remasking="random")
+    _, new = next(steps)
+    assert (new.sum(1) == 1).all()
+    first = new[:, 3:].sum(0).numpy()
+    assert ((first - 250) ** 2 / 250).sum() < 24.3  # 7 degrees of freedom, p = 0.001
+
+
+def test_neither_the_mask_nor_ids_beyond_the_tokenizer_come_out(student):
+    raw = student(torch.tensor([PROMPTS[1] + [MASK] * 3]))[0].softmax(-1)
+    assert raw[:, MASK].max() > 1e-4 and raw[:, 40:].sum(-1).max() > 1e-2  # they could
+    answers = ask(sample.write_in_blocks, student, [PROMPTS[1]] * 50, 32, temperature=1.5, vocab_size=40, eos_ids=())
+    assert {len(a) for a in answers} == {32} and max(max(a) for a in answers) < 40
+    answers = ask(sample.write_in_blocks, student, [PROMPTS[1]] * 50, 32, temperature=1.5, eos_ids=())
+    assert not any(MASK in a for a in answers) and max(max(a) for a in answers) > 40
+
+
+def test_confidence_is_the_probability_among_all_ids():
+    """LLaDA's: the mask and ids beyond the tokenizer are never proposed, but keep their share; in float64."""
+    config, logits = make_student("full").config, torch.zeros(1, V)
+    logits[0, [MASK, 44]], logits[0, 7] = 3.0, 1.0
+    total = 2 * math.exp(3.0) + math.e + V - 3
+    for eos_rule, rest in (("free", 0.0), ("never", 1.0)):
+        rule = sample.Decoding(eos_rule=eos_rule, eos_ids=[EOS], vocab_size=40)
+        for temperature, u in ((0.0, None), (1e-9, torch.full((1,), 0.5, dtype=torch.float64))):
+            token, sure = sample.propose(logits.clone(), u, replace(rule, temperature=temperature), config)
+            assert token.tolist() == [7] and sure.dtype == torch.float64
+            assert sure.item() == pytest.approx(math.e / (total - rest), rel=1e-14)
+
+
+def test_two_tokens_that_float32_cannot_tell_apart_are_drawn_by_float64_probabilities():
+    """1 + 1e-12 over 1e-12: the second has odds exp(1), in float32 they would be even."""
+    config, logits = make_student("full").config, torch.full((1, V), -1e9, dtype=torch.float64)
+    logits[0, 5], logits[0, 6] = 1.0, 1.0 + 1e-12
+    rule = sample.Decoding(temperature=1e-12, eos_ids=[], vocab_size=V)
+    for u, expected in ((0.26, 5), (0.28, 6)):  # 1 / (1 + e) = 0.269
+        token, _ = sample.propose(logits.clone(), torch.tensor([u], dtype=torch.float64), rule, config)
+        assert token.tolist() == [expected]
+
+
+def test_decoding_stops_after_the_block_with_the_end(student):
+    ended = 0
+    for prompt in PROMPTS:
+        likely, _ = with_an_end(student, prompt, 60, 4)
+        *_, (canvas, _) = ask(sample.generate, likely, [prompt], 60, block_length=4, eos_ids={EOS})
+        row = canvas[0].tolist()
+        end, start = row.index(EOS, len(prompt)), len(prompt) if likely.config.attention == "full" else 0
+        stop = start + (end - start) // 4 * 4 + 4
+        assert MASK not in row[len(prompt) : stop] and set(row[stop:]) == {MASK}  # that block is whole, none behind it
+        ended += stop < len(row) - 8
+        *_, (default, _) = ask(sample.generate, likely, [prompt], 60, block_length=4)  # the model's own ids
+        assert torch.equal(default, canvas)
+        assert ask(sample.write_in_blocks, likely, [prompt], 60, block_length=4) == [row[len(prompt) : end]]
+        answers = ask(sample.sample, likely, PROMPTS, 60, temperature=0, block_length=4, eos_ids={EOS})
+        assert answers[PROMPTS.index(prompt)] == row[len(prompt) : end]
+    assert ended >= 3
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+
+WORLD = dict(teacher=3, students=("llada",))
+
+
+def test_eval_samples_from_a_diffusion_student(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    results = evaluation.main(model="llada", data="data/toy-1/unseen", temperature=0.0, max_new_tokens=16,
+                              samples=2, block_length=8, device="cpu")  # fmt: skip
+    rows, summary = results["llada"][1], read_json("runs/llada/eval/unseen.json")
+    problems, student = data.load("data/toy-1/unseen"), model.load("llada")
+    tokenizer = tokenizer_file.load_tokenizer(Path("llada"))
+    for row in rows:
+        i = [e["id"] for e in problems.examples].index(row["id"])
+        ids = ask(sample.write_in_blocks, student, [problems.prompt(i).tolist()], 16, block_length=8, eos_ids={0},
+                               vocab_size=tokenizer.vocab_size)[0]  # fmt: skip
+        assert row["response"] == tokenizer.decode(ids) and "<|mask|>" not in row["response"]
+    assert len(rows) == 6 and summary["block_length"] == 8 and summary["problems"] == 3
+    capsys.readouterr()
+
+
+COMMAND = [sys.executable, str(ROOT / "sample.py"), "--model=llada", "--prompt=3+5*2-7+4?", "--max_new_tokens=16",
+           "--block_length=8", "--device=cpu"]  # fmt: skip
+
+
+def test_into_a_pipe_goes_the_answer_alone(world):
+    done = subprocess.run([*COMMAND, "--denoising_steps=4"], cwd=world, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    student, tokenizer = model.load(world / "llada"), tokenizer_file.load_tokenizer(world / "llada")
+    prompt = tokenizer.encode_prompt([{"role": "user", "content": "3+5*2-7+4?"}])
+    [ids] = ask(sample.sample, student, [prompt], 16, block_length=8, denoising_steps=4, eos_ids={0},
+                vocab_size=tokenizer.vocab_size)  # fmt: skip
+    assert done.stdout == tokenizer.decode(ids) + "\n"
+
+
+
+def test_the_command_draws_on_a_terminal(world):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(COMMAND, cwd=world, stdout=theirs, stderr=theirs, close_fds=True)
+    os.close(theirs)
+    seen = b""
+    try:
+        while piece := os.read(ours, 4096):
+            seen += piece
+    except OSError:  # how Linux ends a terminal
+        pass
+    assert process.wait(timeout=100) == 0
+    text = seen.decode()
+    assert text.startswith("\x1b[?1049h\x1b[H\x1b[J") and text.count("\x1b[J") == text.count("pass ")
+    assert "\x1b[32m" in text and "░" in text
+    end = text.rpartition("\x1b[?1049l")[2]
+    assert "░" not in end and end.strip().endswith("forward passes)")
