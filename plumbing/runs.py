@@ -8,7 +8,7 @@
       selection/t3s/              mask.npy, stats.json, config.json
       eval/                       sampled answers with their grades
 
-No torch, because select.py and report.py read runs without a model. Next: plumbing/parallel.py.
+No torch, because select.py and report.py read runs without a model. Next: plumbing/selection.py.
 """
 
 import hashlib

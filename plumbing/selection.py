@@ -1,0 +1,153 @@
+"""What is said of a selection: how certain its bottleneck is, token tables, colours on a terminal.
+
+select.py writes the dicts made here to stats.json and prints the text. Shapes: n response tokens,
+one example after the other. No torch. Next: plumbing/parallel.py.
+"""
+
+import os
+import sys
+from collections import Counter
+
+import numpy as np
+
+# -------------------------------------------------------------------------------------------------
+# Curves over recorded steps
+
+
+def smoothed(curves, neighbours):
+    """(..., steps) -> the same, every step but the first averaged with its neighbours."""
+    curves = np.asarray(curves, dtype=np.float64)
+    result = curves.copy()
+    # step 0 is the level to fall below: averaging it with the fall would hide the fall
+    for i in range(1, curves.shape[-1]):
+        first = max(1, i - neighbours)
+        result[..., i] = curves[..., first : i + neighbours + 1].mean(-1)
+    return result
+
+
+def bootstrap_bottleneck(parts, sizes=None, smooth=0, draws=1000):
+    """How certain is the lowest point? -> {step: share of resamplings in which it is the lowest}.
+
+    parts  {step: (examples,)} what each example adds to the curve sum(parts) / sum(sizes)
+    sizes  (examples,); default 1 each
+
+    Examples are drawn with replacement; ties go to the earliest step, as in find_bottleneck.
+    """
+    steps = sorted(parts)
+    table = np.stack([parts[step] for step in steps], axis=1)  # (examples, steps)
+    n = len(table)
+    if sizes is None:
+        sizes = np.ones(n)
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, examples): how often each
+    curves = drawn @ table / (drawn @ sizes)[:, None]
+    lowest = Counter(smoothed(curves, smooth).argmin(1).tolist())
+    return {steps[i]: times / draws for i, times in sorted(lowest.items())}
+
+
+# -------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def token_statistics(tokenizer, ids, delta, picked, tau, spans):
+    """Counts, shares and token tables for stats.json.
+
+    ids, delta, picked  (n,) of every response token; picked may be weights
+    spans               (examples, 2) first and last + 1 of each example's response
+    """
+    anchors = delta > tau
+    yet_to_learn = delta < -tau
+    chosen = picked > 0
+    return {
+        "response_tokens": len(picked),
+        "selected": int(chosen.sum()),
+        "share": float(chosen.mean()),
+        "anchors": float(anchors.mean()),
+        "yet_to_learn": float(yet_to_learn.mean()),
+        "examples_without_any": int((np.add.reduceat(chosen, spans[:, 0]) == 0).sum()),
+        "tau_sweep": tau_sweep(delta),
+        "anchor_tokens": token_table(tokenizer, ids, delta, anchors),
+        "yet_to_learn_tokens": token_table(tokenizer, ids, delta, yet_to_learn),
+    }
+
+
+def token_table(tokenizer, ids, delta, group, top=15):
+    """The most frequent tokens of a group, as in the paper's word clouds.
+
+    group  (n,) bool
+    -> [{token, id, count: times in the group, seen: times in all, mean_delta: over all of them}]
+    """
+    seen = Counter(ids.tolist())
+    rows = []
+    for token, count in Counter(ids[group].tolist()).most_common(top):
+        row = {"token": tokenizer.decode([token]), "id": token, "count": count}
+        rows.append({**row, "seen": seen[token], "mean_delta": float(delta[ids == token].mean())})
+    return rows
+
+
+def tau_sweep(delta):
+    """Share of anchors and of yet-to-learn tokens at each tau; needs no forward pass."""
+    rows = []
+    for tau in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0):
+        anchors = float((delta > tau).mean())
+        yet_to_learn = float((delta < -tau).mean())
+        rows.append({"tau": tau, "anchors": anchors, "yet_to_learn": yet_to_learn})
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------
+# The screen
+
+
+def report(cfg, stats, out):
+    """Print which bottleneck, how many tokens, which ones. cfg: select.py's Config."""
+    print_curve("train accuracy", stats["accuracy"], stats["bottleneck_bootstrap"])
+    print_curve("label-free curve", stats["label_free"], stats["label_free_bootstrap"])
+    found = {key: stats[f"{key}_bottleneck"] for key in ("accuracy", "label_free")}
+    by = f"by {cfg.bottleneck}" if cfg.bottleneck in found else "as asked for"
+    names = {key: "none" if step is None else f"step {step}" for key, step in found.items()}
+    shown = ", ".join(f"by {key}: {name}" for key, name in names.items())
+    print(f"bottleneck: step {stats['bottleneck_step']}, {by} ({shown})")
+    print(
+        f"anchors (delta > {stats['tau']:g}): {stats['anchors']:.1%}, "
+        f"yet-to-learn (delta < -{stats['tau']:g}): {stats['yet_to_learn']:.1%} "
+        f"of {stats['response_tokens']:,} response tokens"
+    )
+    for key in ("anchor_tokens", "yet_to_learn_tokens"):
+        words = [f"{row['token']!r} {row['count']}/{row['seen']}" for row in stats[key][:8]]
+        print(f"most frequent {key.replace('_', ' ')}: {', '.join(words)}")
+    what = "stay in the loss" if cfg.kind == "keep" else "are always masked"
+    print(
+        f"{out}: {stats['selected']:,} tokens = {stats['share']:.1%} {what}; "
+        f"examples without any: {stats['examples_without_any']}"
+    )
+
+
+def print_curve(name, values, bootstrap):
+    """One line: the values, and where the lowest lies when the examples are resampled."""
+    if bootstrap is None:
+        print(f"{name}: no accuracy was recorded (the data has no answers)")
+        return
+    shown = ", ".join(f"{value:.3f} (step {step})" for step, value in values.items())
+    likeliest = sorted(bootstrap.items(), key=lambda item: -item[1])[:3]
+    certain = ", ".join(f"{share:.0%} (step {step})" for step, share in likeliest)
+    print(f"{name}: {shown}; among resampled examples the lowest in {certain}")
+
+
+def paint(tokenizer, ids, picked):
+    """Text with the picked tokens green and the others grey; without colours, the others in ⟦⟧."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    parts = []
+    at = 0
+    # tokens of equal fate are decoded together, because a character may be cut over two tokens
+    while at < len(ids):
+        end = at + 1
+        while end < len(ids) and picked[end] == picked[at]:
+            end += 1
+        text = tokenizer.decode(ids[at:end])
+        if colour:
+            parts.append(f"\x1b[{'32' if picked[at] else '90'}m{text}\x1b[0m")
+        else:
+            parts.append(text if picked[at] else f"⟦{text}⟧")
+        at = end
+    return "".join(parts)
