@@ -238,8 +238,9 @@ class Router(nn.Module):
         choice = choice.masked_fill(closed[..., None], -torch.inf)
         experts = choice.flatten(1).topk(c.num_experts_per_tok, dim=-1).indices  # (N, k)
         weights = scores.gather(1, experts)  # without the bias
-        total = weights.sum(-1, keepdim=True)
-        return weights / (total + 1e-20) * c.routed_scaling_factor, experts
+        if c.num_experts_per_tok > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * c.routed_scaling_factor, experts
 
 
 def grouped_linear(x, weight, ends):

@@ -16,6 +16,8 @@ def stretched(freq, config):
         return freq, 1.0
     # the length of context in pre-training
     trained = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    if scaling["rope_type"] == "linear":  # as if every position were divided by `factor`
+        return freq / scaling["factor"], 1.0
     if scaling["rope_type"] == "llama3":
         return llama3(freq, scaling, trained), 1.0
     return yarn(freq, scaling, trained, config.rope_theta)
@@ -46,7 +48,7 @@ def yarn(freq, scaling, trained, theta):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=freq.device)
-    slow = ((pairs / 2 - low) / max(high - low, 0.001)).clamp(0, 1)
+    slow = ((pairs / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)
     scale = scaling.get("attention_factor")
     if scale is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
         scale = mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])

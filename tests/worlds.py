@@ -92,6 +92,7 @@ FAMILIES = {
         num_shared_experts=1,
         first_k_dense_replace=1,
         partial_rotary_factor=0.5,
+        routed_scaling_factor=1.0,
         block_length=8,
         **SHAPE,
         **IDS,
