@@ -456,7 +456,7 @@ def local_folder(name, weights=True):
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "generation_config.json", "adapter_config.json"]
+    patterns = ["config.json", "generation_config.json"]
     if weights:
         patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
     repository, _, revision = str(name).partition("@")
