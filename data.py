@@ -1,228 +1,289 @@
-"""Text to token arrays: the checkpoint's tokenizer (through tiktoken), its chat template, and a flat token index.
+"""Text to token arrays: a file of examples becomes a flat token index, which everything else reads.
 
     python data.py --source=traces.jsonl --tokenizer=Qwen/Qwen3-0.6B --out=data/traces
 
-A line of the source is {"id", "prompt" or "messages", "response", "answer"} (id and answer may be left out), or GSM8K's
-{"question", "answer" ending in "#### n"}. The folder it becomes:
+A line of the source is {"id", "prompt" or "messages", "response", "answer"} (id and answer may be left out),
+GSM8K's {"question", "answer" ending in "#### n"}, or one of the layouts in docs/DATA.md. The folder it
+becomes:
 
     tokens.bin      uint32, all examples one after the other
     spans.npy       (n, 3) int64: start, prompt end, end of each example in tokens.bin
     examples.jsonl  id and answer of each example, in the same order
-    meta.json       hashes of all that, of the tokenizer, and what was counted
+    meta.json       hashes of all that, of the tokenizer and the chat template, and what was counted
 
-Every per-token array of this project (log-probabilities, masks) has the length of tokens.bin and the same index.
-Next: model.py.
+Every per-token array of this project (log-probabilities, masks) has the length of tokens.bin and the same
+index: token 4711 is token 4711 everywhere.
+
+Next: formats.py.
 """
 
 import hashlib
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from formats import has_thoughts, parse_columns, read_examples
 from hf.families import local_folder
+from hf.template import OPENS, cut, fixed_date, parse_kwargs, uncut
 from hf.tokenizer import load_tokenizer
-from plumbing.config import InputError, command, read_json, whole_folder, write_json
-from verify import VERIFIERS
+from plumbing.config import InputError, command, read_json, require, whole_folder, write_json
+from verify import VERIFIERS, extract, grade
+
+FILES = ("tokens.bin", "spans.npy", "examples.jsonl")
+COUNTED = (
+    "too_long", "not_correct", "with_thoughts", "without_thoughts", "truncated_thoughts", "with_answer", "graded_right",
+    "earlier_answers", "duplicates",
+)  # fmt: skip
 
 
 @dataclass
 class Config:
-    source: str = ""  # a jsonl file of examples
+    source: str = ""  # a file of examples: jsonl (also .gz), a JSON array, or parquet
     tokenizer: str = ""  # the student's Hugging Face folder or hub id
     out: str = ""  # the folder to write
     max_tokens: int = 0  # leave out (and count) examples with more tokens than this; 0: no limit
     verifier: str = "auto"  # how eval.py reads answers: boxed, gsm8k, integer, toy, or auto
+    require_correct: bool = False  # leave out (and count) responses that do not end in their example's answer
+    template: str = "auto"  # auto: the tokenizer's chat template, if it has one; none: the text is rendered already
+    template_kwargs: str = ""  # variables for the chat template, as JSON: '{"enable_thinking": false}'
+    date: str = ""  # the day that a chat template takes for today, YYYY-MM-DD; a must if it writes the date
+    thoughts: str = "template"  # thoughts in a field of their own: written by the template, or as <think> tags: tags
+    columns: str = ""  # which columns to read, instead of guessing: prompt:question,thoughts:cot,response:output
+    ignore: str = ""  # columns, and keys of messages, to leave out though they mean something: images,name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer: tokenizer.json's byte-level BPE as a tiktoken Encoding, with identical ids
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# jsonl -> data folder
-
-
-def read_examples(path):
-    """A jsonl file, one example after the other: where it stands ("file, line n"), then what read_example returns.
-
-    Raises InputError with file and line for an id that has been there (that of a line without one is its number).
-    """
-    seen = {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()  # a byte order mark
-            if not line:
-                continue
-            where = f"{path}, line {number}"
-            name, *rest = read_example(line, where)
-            name = str(number) if name is None else str(name)
-            if name in seen:
-                raise InputError(f"{where}: the id {name!r} was in line {seen[name]} already")
-            seen[name] = number
-            yield where, name, *rest
-
-
-def read_example(line, where):
-    """One line (bytes) -> (id or None, messages of the prompt, response, answer or None, is it GSM8K's form).
-
-    The response is "response", or the last of the "messages" if that is the assistant's. Raises InputError, its
-    message beginning with `where`, for anything that is not exactly one prompt and one response.
-    """
-    try:
-        example = json.loads(line.decode("utf-8"), parse_constant=float)
-        json.dumps(example, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 ({error})") from None
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half of a character, a lone surrogate ({error.reason})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from None
-    if not isinstance(example, dict):
-        raise InputError(f"{where}: not an object but {type(example).__name__}")
-    gsm8k = "question" in example and "response" not in example
-    kinds = {"question": str} if gsm8k else {"prompt": str, "response": str, "messages": list}
-    for key, kind in {**kinds, "id": str | int, "answer": str | int | float}.items():
-        value = example.get(key)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise InputError(f'{where}: "{key}" is of type {type(value).__name__}')
-    answer = None if example.get("answer") is None else str(example["answer"])
-    if gsm8k:
-        response, (_, mark, answer) = answer, (answer or "").rpartition("####")
-        messages, answer = [{"role": "user", "content": example["question"]}], answer.strip().replace(",", "")
-        if not mark or not answer:
-            raise InputError(f'{where}: "answer" must end in #### and the number')
-    else:
-        messages, response = read_messages(example, where), example.get("response")
-        if response is None and messages[-1]["role"] == "assistant":  # the last turn is what to learn
-            response = messages.pop()["content"]
-    if not messages or not (messages[-1]["content"] or "").strip():
-        raise InputError(f"{where}: no prompt, or an empty one")
-    if messages[-1]["role"] == "assistant":
-        raise InputError(f'{where}: "messages" must end before the response, with a turn that is not the assistant\'s')
-    if not (response or "").strip():
-        raise InputError(f"{where}: no response, or an empty one")
-    return example.get("id"), messages, response, answer, gsm8k
-
-
-def read_messages(example, where):
-    """The "messages" of an example, or its "prompt" as one: a new list of {"role", "content", ...}, not empty."""
-    prompt, messages = example.get("prompt"), example.get("messages")
-    if (messages is None) == (prompt is None):
-        raise InputError(f'{where}: needs either "prompt" or "messages"')
-    messages = [{"role": "user", "content": prompt}] if messages is None else list(messages)
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise InputError(f'{where}: "messages" must be objects with "role" and "content", both texts')
-    if not messages:
-        raise InputError(f'{where}: "messages" is empty')
-    return messages
+# A file of examples -> data folder
 
 
 def main(**given):
     """Write the folder `out`, whole or not at all. Raises InputError with file and line of the first bad example."""
     cfg = Config(**given)
-    for key in ("source", "tokenizer", "out"):
-        if not getattr(cfg, key):
-            raise InputError(f"--{key} is missing (--help lists the keys)")
-    if cfg.verifier not in VERIFIERS:
-        raise InputError(f"--verifier={cfg.verifier}: must be one of {', '.join(VERIFIERS)}")
-    if cfg.max_tokens < 0:
-        raise InputError(f"--max_tokens={cfg.max_tokens}: must not be negative")
-    if not Path(cfg.source).is_file():
-        what = "a folder, not a jsonl file" if Path(cfg.source).is_dir() else "no such file"
-        raise InputError(f"{cfg.source}: {what}")
+    check(cfg)
     tokenizer = load_tokenizer(local_folder(cfg.tokenizer))
     if tokenizer.end_of_turn_id is None:
         raise InputError(f"{cfg.tokenizer}: tokenizer_config.json names no eos_token, so no answer would ever end")
+    render = Renderer(cfg, tokenizer)
     with whole_folder(cfg.out, "meta.json") as out:
-        meta = write_arrays(cfg, tokenizer, out)
-        write_json(out / "meta.json", meta | _hashes(out))
-    made = load(cfg.out)
+        meta, tally, unread = write_arrays(cfg, render, out)
+        write_json(out / "meta.json", meta | hashes(out))
+    report(cfg, tokenizer, load(cfg.out), tally, unread)
+
+
+def check(cfg):
+    for key in ("source", "tokenizer", "out"):
+        if not getattr(cfg, key):
+            raise InputError(f"--{key} is missing (--help lists the keys)")
+    require(cfg, verifier=VERIFIERS, max_tokens=(0, None), template=("auto", "none"), thoughts=("template", "tags"))
+    if not Path(cfg.source).is_file():
+        what = "a folder, not a jsonl file" if Path(cfg.source).is_dir() else "no such file"
+        raise InputError(f"{cfg.source}: {what}")
+
+
+def write_arrays(cfg, render, out):
+    """tokens.bin, spans.npy and examples.jsonl of cfg.source into the folder `out`.
+
+    -> meta.json's entries on them, the Tally, and the columns that were not read, {name: number of rows}.
+    """
+    limits = Limits(cfg, render.tokenizer.folder)
+    tally = Tally(cfg)
+    spans = []
+    unread = {}
+    end = 0
+    with open(out / "tokens.bin", "wb") as tokens, open(out / "examples.jsonl", "w", encoding="utf-8") as examples:
+        for example in read_examples(cfg.source, parse_columns(cfg.columns), cfg.ignore.split(","), unread):
+            try:
+                prompt, response = render(example)
+                prompt_ids, response_ids = render.encode(prompt, response)
+                too_long = limits.check(prompt_ids + response_ids)
+            except InputError as error:
+                raise InputError(f"{example.where}: {error}") from None
+            if not tally.count(example, prompt, response, too_long):
+                continue
+            np.array(prompt_ids + response_ids, dtype="<u4").tofile(tokens)
+            line = {"id": example.id, "answer": example.answer}
+            examples.write(json.dumps(line, ensure_ascii=False) + "\n")
+            spans.append((end, end + len(prompt_ids), end + len(prompt_ids) + len(response_ids)))
+            end = spans[-1][2]
+    if not spans:
+        why = f"{tally.counts['too_long']} longer than {cfg.max_tokens} tokens"
+        why += f", {tally.counts['not_correct']} not correct" if cfg.require_correct else ""
+        raise InputError(f"{cfg.source}: no usable example ({why})")
+    np.save(out / "spans.npy", np.array(spans, dtype=np.int64))
+    meta = {
+        "n_examples": len(spans),
+        "n_tokens": end,
+        "too_long": tally.counts["too_long"],
+        "max_tokens": cfg.max_tokens,
+        "verifier": "gsm8k" if cfg.verifier == "auto" and tally.all_gsm8k else cfg.verifier,
+        "source": str(cfg.source),
+        "tokenizer_hash": render.tokenizer.hash,
+        **render.meta,
+        "counts": dict(tally.counts),
+        "command": sys.argv,
+    }
+    return meta, tally, unread
+
+
+class Renderer:
+    """Examples -> texts of prompt and response -> token ids; meta: the chat template and variables that did it."""
+
+    def __init__(self, cfg, tokenizer):
+        self.tokenizer = tokenizer
+        self.has_template = cfg.template == "auto" and tokenizer.template is not None
+        self.tags = cfg.thoughts == "tags"
+        self.kwargs = parse_kwargs(cfg.template_kwargs)
+        if (self.kwargs or cfg.date) and not self.has_template:
+            raise InputError("--template_kwargs and --date are for a chat template, and there is none")
+        try:
+            self.date = {"strftime_now": fixed_date(cfg.date)}
+        except ValueError:
+            raise InputError(f"--date={cfg.date}: must be a day, such as 2026-11-25") from None
+        self.meta = {
+            "template_hash": tokenizer.template_hash if self.has_template else None,
+            "template_kwargs": self.kwargs,
+            "date": cfg.date,
+        }
+
+    def __call__(self, example):
+        if self.has_template:
+            variables = self.date | self.kwargs | example.variables
+            return cut(self.tokenizer, example.messages, example.turn, variables, self.tags)
+        return uncut(self.tokenizer, example.messages, example.turn, example.variables, self.tags)
+
+    def encode(self, prompt, response):
+        if self.has_template:
+            prompt_ids = self.tokenizer.encode(prompt)
+        else:
+            prompt_ids = self.tokenizer.encode_bare(prompt)
+        if not prompt_ids:
+            raise InputError("the prompt has no token")
+        return prompt_ids, self.tokenizer.encode_response(response)
+
+
+class Limits:
+    """What an example must fit into: --max_tokens, and the student's context and embedding, if it has a config.json."""
+
+    def __init__(self, cfg, folder):
+        path = folder / "config.json"
+        raw = read_json(path) if path.exists() else {}
+        self.max_tokens = cfg.max_tokens
+        self.context = raw.get("max_position_embeddings") or raw.get("max_sequence_length")
+        self.vocab_size = raw.get("embedding_size") or raw.get("vocab_size")
+        scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if self.context and scaling.get("original_max_position_embeddings") and scaling.get("factor"):
+            stretched = int(scaling["factor"] * scaling["original_max_position_embeddings"])
+            self.context = max(self.context, stretched)
+
+    def check(self, ids):
+        """Is this longer than --max_tokens? Raises InputError for what the student cannot read at all."""
+        if self.max_tokens and len(ids) > self.max_tokens:
+            return True
+        if self.context and len(ids) > self.context:
+            raise InputError(f"{len(ids)} tokens, more than the {self.context} that the student reads (config.json); "
+                             f"--max_tokens={self.context} leaves such examples out")
+        if self.vocab_size and max(ids) >= self.vocab_size:
+            raise InputError(f"token {max(ids)} is beyond the student's embedding of {self.vocab_size} rows: "
+                             "tokenizer and config.json do not belong together")
+        return False
+
+
+class Tally:
+    """What is counted on the way, and which examples stay."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.counts = Counter({key: 0 for key in COUNTED})
+        self.all_gsm8k = True
+        self.wrong = None  # the first response that does not end in its answer
+        self.seen = set()
+
+    def count(self, example, prompt, response, too_long):
+        """Count an example -> does it stay?"""
+        self.all_gsm8k = self.all_gsm8k and example.is_gsm8k
+        correct = self.grade(example, response)
+        if too_long:
+            self.counts["too_long"] += 1
+            return False
+        if self.cfg.require_correct and not correct:
+            self.counts["not_correct"] += 1
+            return False
+        self.counts[kind_of_thoughts(prompt, response)] += 1
+        self.counts["with_answer"] += example.answer is not None
+        self.counts["graded_right"] += bool(correct)
+        self.counts["earlier_answers"] += any(turn["role"] == "assistant" for turn in example.messages)
+        text = hashlib.sha256(f"{len(prompt)} {prompt}{response}".encode()).digest()
+        self.counts["duplicates"] += text in self.seen
+        self.seen.add(text)
+        return True
+
+    def grade(self, example, response):
+        """Does the response end in the example's answer? None if that is not known."""
+        if example.answer is None:
+            return None
+        verifier = self.cfg.verifier
+        if verifier == "auto" and example.is_gsm8k:
+            verifier = "gsm8k"
+        correct = grade(response, example.answer, verifier)
+        if not correct and self.wrong is None:
+            found = extract(response, verifier)
+            self.wrong = f"{example.where}: the response ends in {found!r}, the answer is {example.answer!r}"
+        return correct
+
+
+def kind_of_thoughts(prompt, response):
+    """"with_thoughts", "without_thoughts", or "truncated_thoughts" for those that never end."""
+    if OPENS.search(prompt) or has_thoughts(response):
+        ends = "</think>" in response or "<|end_of_thought|>" in response
+        return "with_thoughts" if ends else "truncated_thoughts"
+    return "without_thoughts"
+
+
+def report(cfg, tokenizer, made, tally, unread):
+    """Print what has been written, and what was noticed on the way."""
+    counts = tally.counts
     sizes = made.spans[:, 2] - made.spans[:, 0]
     print(f"{cfg.out}: {len(made)} examples, {len(made.tokens):,} tokens, {made.response_mask().sum():,} of them in "
           f"responses, longest example {sizes.max()}; left out as longer than {cfg.max_tokens or 'any limit'}: "
-          f"{meta['too_long']}")  # fmt: skip
+          f"{counts['too_long']}")
+    print(f"responses with thoughts: {counts['with_thoughts']}, without: {counts['without_thoughts']}, "
+          f"truncated thoughts: {counts['truncated_thoughts']}")
+    if counts["earlier_answers"]:
+        print(f"conversations with earlier answers, which are read but not learnt: {counts['earlier_answers']}")
+    if counts["duplicates"]:
+        print(f"examples that are in the file more than once: {counts['duplicates']}")
+    if counts["with_answer"]:
+        print(f"responses that end in their own answer: {counts['graded_right']} of {counts['with_answer']}"
+              + (f"; left out: {counts['not_correct']}" if cfg.require_correct else ""))
+        if not counts["graded_right"]:
+            print(f"warning: none does, so accuracy would mean nothing. {tally.wrong}; is --verifier={cfg.verifier} "
+                  "the right one?")
+    if unread:
+        shown = ", ".join(f"{name} ({n})" for name, n in sorted(unread.items()))
+        print(f"columns not read, with the number of rows that have them: {shown}")
     print("the first one, with | where the response begins:")
     print(f"{tokenizer.decode(made.prompt(0)[-300:])}|{tokenizer.decode(made.response(0)[:300])}")
 
 
-def write_arrays(cfg, tokenizer, out):
-    """tokens.bin, spans.npy and examples.jsonl of cfg.source into the folder `out` -> meta.json's entries on them."""
-    spans, too_long, all_gsm8k, end = [], 0, True, 0
-    with open(out / "tokens.bin", "wb") as tokens, open(out / "examples.jsonl", "w", encoding="utf-8") as examples:
-        for where, name, messages, response, answer, gsm8k in read_examples(cfg.source):
-            try:
-                prompt, reply = tokenizer.encode_prompt(messages), tokenizer.encode_response(response)
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from None
-            if not prompt:
-                raise InputError(f"{where}: the prompt has no token")
-            if response.lstrip().startswith("<think>") and tokenizer.decode(prompt[-9:]).rstrip().endswith("<think>"):
-                raise InputError(f"{where}: the chat template has opened <think> already; take it off the response")
-            all_gsm8k = all_gsm8k and gsm8k
-            if cfg.max_tokens and len(prompt) + len(reply) > cfg.max_tokens:
-                too_long += 1
-                continue
-            np.array(prompt + reply, dtype="<u4").tofile(tokens)
-            examples.write(json.dumps({"id": name, "answer": answer}, ensure_ascii=False) + "\n")
-            spans.append((end, end + len(prompt), end + len(prompt) + len(reply)))
-            end = spans[-1][2]
-    if not spans:
-        raise InputError(f"{cfg.source}: no usable example ({too_long} longer than {cfg.max_tokens} tokens)")
-    np.save(out / "spans.npy", np.array(spans, dtype=np.int64))
-    return {"n_examples": len(spans), "n_tokens": end, "too_long": too_long, "max_tokens": cfg.max_tokens,
-            "verifier": "gsm8k" if cfg.verifier == "auto" and all_gsm8k else cfg.verifier,
-            "source": str(cfg.source), "tokenizer_hash": tokenizer.hash, "command": sys.argv}  # fmt: skip
+# ---------------------------------------------------------------------------------------------------------------------
+# Data folder -> arrays
 
 
-def _hashes(folder):
+def hashes(folder):
     """sha256 of the three files that make the data set."""
-    names = ("tokens.bin", "spans.npy", "examples.jsonl")
-    return {f"sha256_{Path(name).stem}": _sha256(folder / name) for name in names}
+    return {f"sha256_{Path(name).stem}": sha256(folder / name) for name in FILES}
 
 
-def _sha256(path):
+def sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data folder -> batches
 
 
 @dataclass
@@ -248,7 +309,8 @@ class Data:
     def response_mask(self):
         """(n_tokens,) bool: which tokens belong to a response."""
         edges = np.zeros(len(self.tokens) + 1, dtype=np.int8)
-        edges[self.spans[:, 1]] += 1  # prompts are not empty, so no two examples share an edge of one kind
+        # prompts are not empty, so no two examples share an edge of one kind
+        edges[self.spans[:, 1]] += 1
         edges[self.spans[:, 2]] -= 1
         return np.cumsum(edges[:-1], dtype=np.int8).astype(bool)
 
@@ -262,7 +324,7 @@ def load(folder):
     if "tokenizer_hash" not in meta:
         raise InputError(f"{folder / 'meta.json'}: not written by data.py")
     try:
-        for key, value in _hashes(folder).items():
+        for key, value in hashes(folder).items():
             if meta.get(key) != value:
                 raise InputError(f"{folder}: {key} is not what meta.json says: damaged or changed; run data.py again")
     except FileNotFoundError as error:
@@ -272,17 +334,20 @@ def load(folder):
     with open(folder / "examples.jsonl", encoding="utf-8") as file:
         examples = [json.loads(line) for line in file]
     identity = meta["sha256_tokens"] + meta["sha256_spans"] + meta["tokenizer_hash"]
-    return Data(str(folder), tokens, spans, examples, meta, hashlib.sha256(identity.encode()).hexdigest())
-
-
+    return Data(
+        folder=str(folder),
+        tokens=tokens,
+        spans=spans,
+        examples=examples,
+        meta=meta,
+        sha256=hashlib.sha256(identity.encode()).hexdigest(),
+    )
 
 
 def uniforms(seed, example_id, n):
     """The n uniforms in [0, 1) of an example; a longer n continues the same sequence."""
     key = hashlib.sha256(f"{seed} {example_id}".encode()).digest()[:16]
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(n)
-
-
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from hf.template import compile_template, read_template
+from hf.template import compile_template, control_tokens, hash_of, read_template
 from plumbing.config import InputError, read_json
 
 GPT2_SPLIT = (
@@ -61,6 +61,9 @@ class Tokenizer:
     end_of_turn_id    what ends an answer: the token that the chat template writes there, else EOS
     special_ids       ids of the special tokens, a set
     hash              sha256 of everything that determines ids, whatever the file's formatting
+    template_hash     sha256 of the chat template's text, None if there is none
+    ends              texts of the tokens that end a turn
+    control           texts of the tokens with which the template marks turns: not for texts of a user
 
     Known limit, a handful of characters of the newest Unicode: Python's own NFC may not know them yet, and of
     several splits in a row (DeepSeek's) all but the last are found by Python's `regex`, which may know them
@@ -265,22 +268,26 @@ class Tokenizer:
 
     def _read_template(self):
         try:
-            source = read_template(self.folder)
-            self.template = compile_template(source) if source else None
+            self.template_source = read_template(self.folder)
+            self.template_hash = hash_of(self.template_source)
+            self.template = compile_template(self.template_source) if self.template_source else None
         except Exception as error:  # not found in the list, not UTF-8, not a text, not Jinja
             raise InputError(f"{self.folder}: the chat template cannot be read ({error!r})") from None
-        self.end_of_turn_id = self.eos_token_id
-        if not self.template:
-            return
         # what the template writes behind an answer ends a turn, if that is a token of its own
+        self.end_of_turn_id = self.eos_token_id
         probe = [
             {"role": "user", "content": "q"},
             {"role": "assistant", "content": "T3S-ANSWER"},
         ]
-        _, found, tail = self.apply_chat_template(probe, tokenize=False).rpartition("T3S-ANSWER")
+        text = self.apply_chat_template(probe, tokenize=False) if self.template else ""
+        _, found, tail = text.rpartition("T3S-ANSWER")
         ids = self.encode(tail.lstrip()) if found else []
         if ids and ids[0] in self.added.values():
             self.end_of_turn_id = ids[0]
+        self.control = control_tokens(self, text)
+        self.control_ids = {self.added[name] for name in self.control}
+        ends = {self.end_of_turn_id, self.eos_token_id} - {None}
+        self.ends = [self.decode([i]) for i in sorted(ends)]
 
     def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True, **variables):
         """messages [{"role", "content"}, ...] -> ids, or text if not tokenize, by the checkpoint's own template.
@@ -308,13 +315,24 @@ class Tokenizer:
             return self.apply_chat_template(messages, add_generation_prompt=True)
         if len(messages) != 1:
             raise InputError(f"{self.folder}: no chat template, so messages cannot be rendered; give a prompt")
-        bos = [self.bos_token_id] if self.adds_bos else []
-        return bos + self.encode(messages[0]["content"])
+        return self.encode_bare(messages[0]["content"])
+
+    def encode_bare(self, prompt):
+        """A prompt that needs no template -> ids, with BOS in front if that is the tokenizer's way."""
+        ids = self.encode(prompt)
+        if self.adds_bos and ids[:1] != [self.bos_token_id]:
+            return [self.bos_token_id, *ids]
+        return ids
 
     def encode_response(self, response):
-        """What the student is to write: the response, verbatim, and the token that ends a turn. Returns ids."""
-        end = [] if self.end_of_turn_id is None else [self.end_of_turn_id]
-        return self.encode(response) + end
+        """What the student is to write: the response, verbatim, and the token that ends a turn. Returns ids.
+
+        A response that ends its turn itself does not get a second end.
+        """
+        ids = self.encode(response)
+        if self.end_of_turn_id is None or ids and ids[-1] in self.control_ids:
+            return ids
+        return ids + [self.end_of_turn_id]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

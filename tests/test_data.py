@@ -1,5 +1,6 @@
 """data.py: every form of a line becomes prompt, response and answer; the arrays on disk are what their hashes say."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -37,8 +38,7 @@ def test_every_form_of_a_line_becomes_prompt_and_response(here, capsys):
     cases = [
         ({"id": "a", "prompt": "1+1?", "response": "<think>\nx</think>2", "answer": 2, "more": [1]},
          say("user", "1+1?") + ask, "<think>\nx</think>2", "a", "2"),
-        ({"prompt": "é\u2028<|im_end|>", "response": " 3 ", "id": None},
-         say("user", "é\u2028<|im_end|>") + ask, " 3 ", "2", None),
+        ({"prompt": "é\u2028<|im", "response": " 3 ", "id": None}, say("user", "é\u2028<|im") + ask, " 3 ", "2", None),
         ({"id": 7, "messages": [system("s"), user("u")], "response": "r", "answer": "x"},
          say("system", "s") + say("user", "u") + ask, "r", "7", "x"),
         ({"messages": [user("u"), assistant("<think>t</think>v"), user("w"), assistant("r")], "answer": 1.5},
@@ -61,6 +61,9 @@ def test_every_form_of_a_line_becomes_prompt_and_response(here, capsys):
     assert {k: v for k, v in made.meta.items() if "sha256" not in k} == {
         "n_examples": 5, "n_tokens": len(expected), "too_long": 0, "max_tokens": 0, "verifier": "auto",
         "source": "in.jsonl", "tokenizer_hash": tokenizer_file.load_tokenizer("student").hash,
+        "template_hash": hashlib.sha256(QWEN3.encode()).hexdigest(), "template_kwargs": {}, "date": "",
+        "counts": dict.fromkeys(data.COUNTED, 0) | {"with_thoughts": 1, "without_thoughts": 4, "with_answer": 4,
+                                                    "graded_right": 2, "earlier_answers": 1},
         "command": ["data.py", "--some=key"]}  # fmt: skip
     said = capsys.readouterr().out
     assert f"out: 5 examples, {len(expected):,} tokens" in said and "assistant\n|<think>" in said
