@@ -95,7 +95,7 @@ def test_the_student_slips_in_what_it_carries_and_has_its_own_words():
             carried, n = result, n + 1
         assert answer == carried
         right += answer == toy.solve(problem)
-    assert within(slips, n, toy.SLIP_RATE * 0.9)  # one in ten random digits is the right one
+    assert within(slips, n, toy.WORLDS["slips"].slip_rate * 0.9)  # one in ten random digits is the right one
     assert within(sum(word in toy.FAMILIAR for word in words), n, toy.FAMILIAR_RATE)
     assert within(sum(word in toy.TEACHER for word in words), n, toy.TEACHER_RATE)
     for word in toy.FAMILIAR:

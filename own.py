@@ -1,0 +1,129 @@
+"""A student's own answers as training data: the controls without a teacher.
+
+    python own.py --model=M --data=data/traces --temperature=0 --out=own-greedy.jsonl
+    python own.py --model=M --data=data/traces --samples=8 --correct=true --out=own-correct.jsonl
+    python data.py --source=own-greedy.jsonl --tokenizer=M --out=data/own-greedy
+
+If training on these gains as much as training on the teacher's traces, it is not the teacher that
+the student learns from: it becomes surer of what it knew. The first command needs nothing but the
+prompts; the second also needs answers to grade with (rejection sampling). They answer the prompts
+of a data folder, and the jsonl lines they write are that folder's with the responses replaced; any
+student will do, autoregressive or diffusion.
+
+An answer that was cut off at --max_new_tokens is never kept: data.py would end it as if it had
+been complete. Next: data.py.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import eval as evaluation
+from hf.families import local_folder
+from hf.tokenizer import load_tokenizer
+from model import load
+from plumbing.config import InputError, command, require, whole_file
+from plumbing.parallel import pick_device
+from sample import Sampling
+
+
+@dataclass
+class Config(Sampling):
+    model: str = ""  # the student: a Hugging Face folder or hub id
+    data: str = ""  # the problems: a folder made by data.py
+    source: str = ""  # the jsonl file that folder was made from; default: the one its meta.json names
+    out: str = ""  # the jsonl file to write
+    samples: int = 1  # answers per problem, of which one is kept
+    correct: bool = False  # keep right answers only; a problem without one is left out
+    batch_size: int = 64  # answers written at the same time; changes memory and speed, not the answers
+    device: str = ""  # cpu, cuda, ...; default: cuda if there is one
+    dtype: str = "float32"  # float32 or bfloat16
+
+
+def main(**given):
+    """Answer the problems, keep one answer each, write the jsonl file -> its lines as dicts.
+
+    Raises InputError for missing keys, for a data folder of another tokenizer or another source,
+    and if no answer is left to keep.
+    """
+    cfg = Config(**given)
+    for key in ("model", "data", "out"):
+        if not getattr(cfg, key):
+            raise InputError(f"--{key} is missing (--help lists the keys)")
+    require(cfg, samples=(1, None), batch_size=(1, None), dtype=("float32", "bfloat16"))
+    folder = local_folder(cfg.model)
+    tokenizer = load_tokenizer(folder)
+    problems = data.load(cfg.data)
+    if tokenizer.hash != problems.meta["tokenizer_hash"]:
+        message = f"{cfg.data}: made with another tokenizer than {cfg.model} has"
+        raise InputError(f"{message}; run data.py with that folder")
+    asked = prompts(cfg, tokenizer, problems)
+    student = load(folder, pick_device(cfg.device), getattr(torch, cfg.dtype))
+    _, rows = evaluation.evaluate(
+        student,
+        tokenizer,
+        problems,
+        cfg,
+        samples=cfg.samples,
+        batch_size=cfg.batch_size,
+    )
+
+    lines = []
+    for example, messages in zip(problems.examples, asked, strict=True):
+        mine = [row for row in rows if row["id"] == example["id"]]
+        row = keep_one(mine, cfg)
+        if row is not None:
+            reply = {"role": "assistant", "content": row["response"]}
+            line = {"id": example["id"], "messages": [*messages, reply]}
+            lines.append({**line, "answer": example["answer"]})
+    if not lines:
+        kind = "right and complete" if cfg.correct else "complete"
+        message = f"--model={cfg.model}: none of its {len(rows)} answers is {kind}"
+        raise InputError(f"{message}; raise --samples or --max_new_tokens")
+    with whole_file(cfg.out) as aside, open(aside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    right = sum(row["correct"] for row in rows) / len(rows)
+    print(f"{cfg.out}: {len(lines)} of {len(problems)} problems, {right:.1%} of all answers right")
+    return lines
+
+
+def keep_one(rows, cfg):
+    """Of the answers to one problem, the one to train on; None if none will do.
+
+    It is drawn at random, as the paper draws one of the teacher's correct traces: the first or the
+    shortest would be a preference of its own. The draw is a function of (seed, id).
+    """
+    fit = [row for row in rows if not row["truncated"] and (row["correct"] or not cfg.correct)]
+    if not fit:
+        return None
+    [u] = data.uniforms(cfg.seed, f"own {rows[0]['id']}", 1)
+    return fit[int(u * len(fit))]
+
+
+def prompts(cfg, tokenizer, problems):
+    """The messages of each problem's prompt, from the jsonl file that the data was made from.
+
+    Raises InputError if that file has changed since, or is another one.
+    """
+    source = cfg.source or problems.meta["source"]
+    if not Path(source).is_file():
+        message = f"{source}: no such file, and {cfg.data} was made from it"
+        raise InputError(f"{message}; --source says where it is now")
+    found = {}
+    for _, name, messages, *_ in data.read_examples(source):
+        found[name] = messages
+    asked = []
+    for i, example in enumerate(problems.examples):
+        messages = found.get(str(example["id"]))
+        if messages is None or tokenizer.encode_prompt(messages) != problems.prompt(i).tolist():
+            message = f"{source}: {cfg.data} has another prompt as example {example['id']}"
+            raise InputError(f"{message}; --source must be the file it was made from")
+        asked.append(messages)
+    return asked
+
+
+if __name__ == "__main__":
+    command(main, Config)
