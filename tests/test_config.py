@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import sample
 from plumbing import config, runs
 from plumbing.config import InputError, load_select, parse, read_json, whole_file, whole_folder, write_json
 
