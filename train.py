@@ -195,8 +195,7 @@ def train_step(cfg, student, optimizer, batches, step):
     losses = []
     for batch in batches:
         nll = student(batch["ids"], batch["targets"], positions=batch["positions"], attention=batch["attention"])
-        weighted = nll if batch["weights"] is None else nll * batch["weights"]  # (B, T)
-        loss = weighted.sum() / (normaliser or 1)  # no supervised token at all: loss 0, gradient 0
+        loss = (nll * batch["weights"]).sum() / (normaliser or 1)  # no supervised token at all: loss 0, gradient 0
         loss.backward()
         losses.append(loss.item())
     norm = grad_norm(student)

@@ -1,10 +1,10 @@
-"""What every command shares: `--key=value`, one-line errors, files that are whole or absent.
+"""What every command shares: `--key=value`, checks of keys, one-line errors, atomic file writes.
 
-A command is a dataclass (its keys, their defaults, and a comment behind each: that is what --help prints)
-and a `main(**given)` that takes the keys somebody gave. So a notebook calls `train.main(run="sft", model=M)`
-and a shell calls `python train.py --run=sft --model=M`: the same thing.
+A command is a dataclass (its keys, their defaults and a comment behind each: what --help prints)
+and a `main(**given)` that takes only the keys that were given. A notebook calls
+`train.main(run="sft", model=M)`, a shell `python train.py --run=sft --model=M`: the same thing.
 
-Standard library only, because select.py imports it. Next: data.py.
+Standard library only, because select.py imports it. Next: plumbing/runs.py.
 """
 
 import dataclasses
@@ -21,17 +21,26 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 
 class InputError(ValueError):
-    """The user gave something that cannot work. The message is one line: what, where, and what to do."""
+    """The user gave something that cannot work.
+
+    The message is one line: what, where, and what to do.
+    """
+
+
+# -------------------------------------------------------------------------------------------------
+# Keys
 
 
 def parse(cls, argv=None):
     """`--key=value` words -> {key: typed value}, only the keys that were given.
 
-    The type of a key is the annotation of its field in the dataclass `cls` (str, int, float, bool as true/false).
-    Raises InputError for an unknown key (naming the nearest one) or a value of another type; --help prints and exits.
+    The type of a key is the annotation of its field in the dataclass `cls`: str, int, float, or
+    bool, written true or false. --help prints and exits. Raises InputError for an unknown key
+    (naming the nearest one) and for a value of another type.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     given = {}
@@ -41,7 +50,9 @@ def parse(cls, argv=None):
             raise SystemExit(0)
         match = re.fullmatch(r"--([A-Za-z_]\w*)=(.*)", word, re.DOTALL)
         if not match:
-            raise InputError(f"cannot read {word!r}: every argument is --key=value (--help lists the keys)")
+            raise InputError(
+                f"cannot read {word!r}: every argument is --key=value (--help lists the keys)"
+            )
         key, text = match.groups()
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -52,7 +63,8 @@ def parse(cls, argv=None):
 
 
 def _typed(key, text, kind):
-    kind = kind if isinstance(kind, str) else kind.__name__
+    if not isinstance(kind, str):  # annotations are texts under `from __future__ import annotations`
+        kind = kind.__name__
     try:
         if kind == "bool":
             return {"true": True, "false": False}[text.lower()]
@@ -61,57 +73,76 @@ def _typed(key, text, kind):
             raise ValueError
         return value
     except (KeyError, ValueError):
-        what = {"bool": "true or false", "int": "a whole number", "float": "a finite number"}[kind]
-        raise InputError(f"--{key}={text}: the value must be {what}") from None
+        names = {"bool": "true or false", "int": "a whole number", "float": "a finite number"}
+        raise InputError(f"--{key}={text}: the value must be {names[kind]}") from None
+
+
+class above(NamedTuple):
+    """A lower end that is not itself allowed: top_p=(above(0), 1)."""
+
+    end: float
+
+
+class below(NamedTuple):
+    """An upper end that is not itself allowed: beta1=(0, below(1))."""
+
+    end: float
 
 
 def require(cfg, **allowed):
-    """Raise InputError for a key whose value is not allowed.
+    """Raise InputError for the first key of `cfg` whose value is not allowed.
 
         require(cfg, steps=(1, None), top_p=(above(0), 1), schedule=("cosine", "constant"))
 
-    A pair is a range, both ends included, None for an open end; above(x) and below(x) leave the end itself out. A tuple
-    of texts is a choice.
+    A tuple of texts is a choice. Any other pair is a range: both ends are allowed themselves, and
+    None leaves an end open.
     """
     for key, rule in allowed.items():
         value = getattr(cfg, key)
-        if any(isinstance(choice, str) for choice in rule):
-            if value not in rule:
-                raise InputError(f"--{key}={value}: must be {' or '.join(rule)}")
-            continue
-        least, most = rule
-        bounds = []
-        if least is not None:
-            bounds.append((f"more than {least}", value > least) if isinstance(least, above)
-                          else (f"at least {least}", value >= least))  # fmt: skip
-        if most is not None:
-            bounds.append((f"less than {most}", value < most) if isinstance(most, below)
-                          else (f"at most {most}", value <= most))  # fmt: skip
-        if not all(fine for _, fine in bounds):
-            raise InputError(f"--{key}={value}: must be {' and '.join(text for text, _ in bounds)}")
+        if isinstance(rule[0], str):
+            fine = value in rule
+            wanted = " or ".join(rule)
+        else:
+            fine, wanted = in_range(value, *rule)
+        if not fine:
+            raise InputError(f"--{key}={value}: must be {wanted}")
 
 
-class above(float):
-    """A lower end of a range that is not part of it."""
+def in_range(value, least, most):
+    """-> does `value` lie between the two ends? and the range in words."""
+    ends = []
+    if isinstance(least, above):
+        ends.append((value > least.end, f"more than {least.end}"))
+    elif least is not None:
+        ends.append((value >= least, f"at least {least}"))
+    if isinstance(most, below):
+        ends.append((value < most.end, f"less than {most.end}"))
+    elif most is not None:
+        ends.append((value <= most, f"at most {most}"))
+    return all(fine for fine, _ in ends), " and ".join(words for _, words in ends)
 
-    __str__ = float.__repr__
 
-
-class below(float):
-    """An upper end of a range that is not part of it."""
+def require_given(cfg, *keys):
+    """Raise InputError for the first of these keys that has no value."""
+    for key in keys:
+        if not getattr(cfg, key):
+            raise InputError(f"--{key} is missing (--help lists the keys)")
 
 
 def help_text(cls):
     """The docstring of the command's file and one line a key, read from the dataclass's own source."""
+    # the command's own keys first, then those of the dataclasses it inherits from
+    classes = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
+    source = "\n".join(inspect.getsource(one) for one in classes)
     lines = []
     listed = set()
-    # the command's own keys first, then those of the dataclasses it inherits from
-    own = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
-    for line in "\n".join(map(inspect.getsource, own)).splitlines():
+    for line in source.splitlines():
         match = re.match(r"    (\w+): \w+ = (.*?)(?:\s+# (.*))?$", line)
         if match and match[1] not in listed:
-            listed.add(match[1])
-            lines.append(f"  --{match[1]}={match[2]:<{max(1, 26 - len(match[1]))}} {match[3] or ''}".rstrip())
+            key, default, meaning = match.groups(default="")
+            listed.add(key)
+            width = max(1, 26 - len(key))
+            lines.append(f"  --{key}={default:<{width}} {meaning}".rstrip())
         elif line.strip().startswith("# "):
             lines.append(f"\n{line.strip()[2:]}")
     doc = inspect.getdoc(sys.modules[cls.__module__]) or ""
@@ -124,7 +155,8 @@ def command(main, cls):
         main(**parse(cls))
     except (InputError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)  # under torchrun process 0 has the same to say, and its end is then the end of this one
+            # under torchrun process 0 says the same, and when it ends torchrun ends this one
+            time.sleep(10)
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -132,11 +164,15 @@ def command(main, cls):
         raise SystemExit(130) from None
 
 
+# -------------------------------------------------------------------------------------------------
+# Atomic writes: a reader, and a resumed run, find all of a file or none of it
+
+
 @contextmanager
 def whole_file(path):
     """Yields a path beside `path` to write to; renamed to `path` only when the block ends well.
 
-    Makes the folder that it goes to. Raises InputError if nothing can be written there.
+    Makes the folder if needed. Raises InputError if nothing can be written there.
     """
     path = Path(path)
     aside = _aside(path)
@@ -151,20 +187,25 @@ def whole_file(path):
 
 @contextmanager
 def whole_folder(path, sign="*"):
-    """The same for a folder. What stood at `path` before is replaced, and only once the new one is complete.
+    """The same for a folder, which replaces the one at `path` once it is complete.
 
-    sign: a file name, or pattern, by which a folder is known to be an older one of the kind that is written here. What
-    is not empty and has no such file is somebody's: InputError.
+    sign  a file name or pattern that marks an older folder of the kind written here. A folder that
+          is not empty and has no such file belongs to the user: InputError
 
-    No system call that Python has swaps two folders, so there is a moment in which the old one is aside and the new
-    one not yet in place. A process killed right then leaves the old one beside, as .<name>.<pid>.old; the next
-    whole_folder(path) puts it back before it begins.
+    Python has no system call that swaps two folders, so for a moment the old one is aside and the
+    new one not yet in place. A process killed right then leaves the old one as .<name>.<pid>.old;
+    the next whole_folder(path) puts it back first.
     """
-    path = Path(path).resolve()  # of a link, replace what it leads to
+    path = Path(path).resolve()  # a link is followed: what it leads to is replaced
     if path.exists() and (not path.is_dir() or Path.cwd().is_relative_to(path)):
-        raise InputError(f"{path}: a folder will be written here, and it cannot replace what there is; name another")
+        raise InputError(
+            f"{path}: a folder will be written here, and it cannot replace what there is; "
+            "name another"
+        )
     if path.is_dir() and any(path.iterdir()) and not any(path.glob(sign)):
-        raise InputError(f"{path}: holds other things (no {sign}), which would be lost; name another folder")
+        raise InputError(
+            f"{path}: holds other things (no {sign}), which would be lost; name another folder"
+        )
     aside = _aside(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
         if path.exists():
@@ -189,11 +230,14 @@ def whole_folder(path, sign="*"):
 
 
 def _aside(path):
-    """Where this process writes what will be `path`: a hidden name in the same folder, which is made, and tried."""
+    """Where this process writes what will become `path`: a hidden name in the same folder.
+
+    Makes the folder and checks that it can be written to.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)  # left by a killed process of the same number
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed process of the same pid
         with open(aside, "wb"):
             pass
         aside.unlink()
@@ -203,7 +247,7 @@ def _aside(path):
 
 
 def read_json(path):
-    """A JSON file that holds an object -> dict. Raises InputError with the file's name if it is anything else."""
+    """A JSON file that holds an object -> dict. Raises InputError, with its name, for any other."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -216,23 +260,25 @@ def read_json(path):
 
 
 def write_json(path, value):
-    """`value` as indented JSON, whole or not at all."""
+    """`value` as indented JSON, written atomically."""
     with whole_file(path) as aside:
-        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=1, ensure_ascii=False)
+        aside.write_text(text + "\n", encoding="utf-8")
 
 
-
-
+# -------------------------------------------------------------------------------------------------
+# select.py
 
 
 def load_select():
     """Our select.py as a module called `t3s_select`.
 
-    Never `import select`: that name is the standard library's, and which of the two files wins depends on how the
-    interpreter was built. select.py's first lines tell the whole story.
+    Never `import select`: that name is the standard library's, and which of the two files wins
+    depends on how the interpreter was built. select.py's first lines tell the whole story.
     """
     if "t3s_select" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("t3s_select", Path(__file__).resolve().parent.parent / "select.py")
+        path = Path(__file__).resolve().parent.parent / "select.py"
+        spec = importlib.util.spec_from_file_location("t3s_select", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules["t3s_select"] = module  # before exec: dataclasses look their module up
         spec.loader.exec_module(module)

@@ -279,7 +279,7 @@ def trainer_steps(run, after_step):
     for step in range(cfg.steps):
         examples = batching.step_examples(len(run.train_set), cfg.batch_size, step, cfg.seed)
         for rows in batching.shares(run, examples):
-            ids, targets = batching.collate(run.train_set, [i for row in rows for i in row])
+            ids, targets, _ = batching.collate(run.train_set, [i for row in rows for i in row])
             labels = F.pad(torch.from_numpy(targets), (1, 0), value=-100)[:, :-1]  # it shifts them itself
             batches.append({"input_ids": torch.from_numpy(ids), "labels": labels})
     a_step = len(batches) // cfg.steps

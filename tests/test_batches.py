@@ -46,13 +46,13 @@ def test_packed_is_one_by_one(here, student, dtype, off, checkpointed):
     size = np.diff(train_set.spans[:, ::2])[:, 0]
     rows = batches.pack(size, 100)
     assert 1 < len(rows) < len(size) and max(map(len, rows)) > 2
-    ids, targets, positions, segments = (torch.tensor(a) for a in batches.collate_rows(train_set, rows))
+    ids, targets, _, positions, segments = map(torch.tensor, batches.collate_rows(train_set, rows))
     nll = packed(ids, targets, positions=positions, attention=batches.causal_within(segments))
     nll.sum().backward()
     for row, examples in enumerate(rows):
         at = 0
         for i in examples:
-            one, its_targets = (torch.tensor(a) for a in batches.collate(train_set, [i]))
+            one, its_targets, _ = map(torch.tensor, batches.collate(train_set, [i]))
             expected = alone(one, its_targets)
             expected.sum().backward()
             assert torch.allclose(nll[row, at : at + size[i]], expected[0], atol=off, rtol=off)  # float32 in any case
@@ -66,7 +66,8 @@ def test_a_block_mask_is_the_bool_mask(here):
     """What CUDA runs, forward, on the CPU: flex_attention with the BlockMask of the same segments."""
     train_set = data.load("data/toy-1/teacher")
     student = model.load("data/toy-1/untrained")
-    ids, targets, positions, segments = (torch.tensor(a) for a in batches.collate_rows(train_set, [[0, 8, 3], [7, 1]]))
+    parts = map(torch.tensor, batches.collate_rows(train_set, [[0, 8, 3], [7, 1]]))
+    ids, targets, _, positions, segments = parts
     T = ids.shape[1]
 
     def visible(row, head, query, key):
@@ -124,8 +125,9 @@ def test_operations_of_a_diffusion_step(here):
 
 
 def test_a_row_of_padding_has_no_target():
-    ids, targets, positions, segments = batches.collate_rows(None, [])
+    ids, targets, weights, positions, segments = batches.collate_rows(None, [])
     assert ids.shape == (1, 1) and (targets == -100).all() and (segments == -1).all()
+    assert not weights.any()
     assert batches.causal_within(torch.tensor([[0, 0, 1, -1]]))[0, 0].tolist() == [
         [True, False, False, False], [True, True, False, False], [False, False, True, False], [False] * 3 + [True]]
 
@@ -146,22 +148,29 @@ def random_data(seed, n=9):
 def test_collate_against_loops(seed):
     made, rng = random_data(seed), np.random.default_rng(seed)
     indices = rng.permutation(len(made))[: rng.integers(1, 10)]
-    for mask in (None, rng.random(len(made.tokens)) < 0.5):
-        ids, targets = batches.collate(made, indices, mask)
+    n = len(made.tokens)
+    kept = rng.random(n) < 0.5
+    some_weights = (kept * rng.random(n)).astype(np.float32)
+    for selected in (None, kept, some_weights):
+        ids, targets, weights = batches.collate(made, indices, selected)
         T = max(made.spans[i, 2] - made.spans[i, 0] for i in indices)
-        assert ids.shape == targets.shape == (len(indices), T) and ids.dtype == targets.dtype == np.int64
+        assert ids.shape == targets.shape == weights.shape == (len(indices), T)
+        assert ids.dtype == targets.dtype == np.int64 and weights.dtype == np.float32
         for row, i in enumerate(indices):
             start, prompt_end, end = made.spans[i]
             for t in range(T):
                 here, ahead = start + t, start + t + 1
                 assert ids[row, t] == (made.tokens[here] if here < end else 0)
-                kept = prompt_end <= ahead < end and (mask is None or mask[ahead])
-                assert targets[row, t] == (made.tokens[ahead] if kept else -100)
+                weight = 0
+                if prompt_end <= ahead < end:
+                    weight = 1 if selected is None else selected[ahead]
+                assert weights[row, t] == weight
+                assert targets[row, t] == (made.tokens[ahead] if weight else -100)
 
 
 def test_collate_of_nothing():
-    ids, targets = batches.collate(random_data(0), np.arange(0))
-    assert ids.tolist() == [[0]] and targets.tolist() == [[-100]]
+    ids, targets, weights = batches.collate(random_data(0), np.arange(0))
+    assert ids.tolist() == [[0]] and targets.tolist() == [[-100]] and weights.tolist() == [[0]]
 
 
 @pytest.mark.parametrize("n, batch_size", [(7, 1), (7, 3), (7, 6), (12, 4), (5, 4)])

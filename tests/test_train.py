@@ -50,16 +50,16 @@ def weights(run, step):
 
 
 def brute_force_nll(student, train_set, examples, mask=None):
-    """Sum of the NLL of the (kept) response tokens, one example and one token at a time, and their number."""
+    """Sum of the weighted NLL of the response tokens, one token at a time, and of the weights."""
     total, count = 0.0, 0
     for i in examples:
         start, prompt_end, end = train_set.spans[i]
         ids = torch.tensor(train_set.tokens[start:end].astype(np.int64))[None]
         logp = F.log_softmax(student(ids)[0], -1)
         for t in range(prompt_end, end):
-            if mask is None or mask[t]:
-                total = total - logp[t - start - 1, ids[0, t - start]]
-                count += 1
+            weight = 1 if mask is None else float(mask[t])
+            total = total - weight * logp[t - start - 1, ids[0, t - start]]
+            count += weight
     return total, count
 
 
@@ -149,6 +149,24 @@ def test_dropped_tokens_leave_loss_and_normaliser(here):
     assert np.isfinite(np.load("runs/t3s/trajectory/000004.npz")["logprob"][train_set.response_mask()]).all()
 
 
+def test_weights_count_in_the_loss_and_in_its_normaliser(here):
+    sft()
+    folder = load_select().main(run="sft", rule="all", bottleneck=2, show=0)
+    mask = np.load(folder / "mask.npy")
+    weights = (mask * np.random.default_rng(0).random(len(mask)) * 2).astype(np.float32)
+    weights[weights < 0.5] = 0
+    np.save(folder / "mask.npy", weights)
+    train.main(run="weighted", selection=str(folder), packing=True, record_every=0)
+    chosen = batches.step_examples(N, 4, 0, 0)
+    student = model.load("data/toy-1/untrained", dtype=torch.float64)
+    total, count = brute_force_nll(student, data.load("data/toy-1/teacher"), chosen, weights)
+    (total / count).backward()
+    norm = torch.stack([p.grad.norm() for p in student.parameters()]).norm()
+    line = log("weighted")[0]
+    assert line["loss"] == pytest.approx(total.item() / count, abs=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
 def test_pass_2_inherits_and_prints_what_differs(here, capsys):
     sft(weight_decay=0.25, seed=5)
     folder = load_select().main(run="sft", rule="all", bottleneck=2, show=0)
@@ -226,7 +244,7 @@ def test_without_answers_there_is_no_accuracy(here):
 def test_checkpoints_kept_are_the_bottleneck_the_last_and_what_was_asked_for(here, monkeypatch):
     accuracies = iter([0.9, 0.5, 0.7, 0.3, 0.3, 0.6])  # steps 0, 1, 2, ... 5
 
-    def evaluate(student, tokenizer, problems, **sampling):
+    def evaluate(student, tokenizer, problems, sampling, **more):
         return next(accuracies), [{"correct": False}] * len(problems)
 
     monkeypatch.setattr(trajectory.evaluation, "evaluate", evaluate)
@@ -285,7 +303,7 @@ def test_a_diffusion_student_takes_an_autoregressive_selectors_choice(here, caps
     finally:
         train.micro_batches = make
     printed = capsys.readouterr().out
-    assert ("pass 1 was an autoregressive student's, this is a diffusion one; inherited: data=data/toy-1/teacher "
+    assert ("pass 1 trained an autoregressive student, this is a diffusion one; inherited: data=data/toy-1/teacher "
             "eval_data=data/toy-1/unseen seed=0 record_every=2 save_every=0 samples=1 max_new_tokens=8;") in printed
     assert f"{mask.sum():,} tokens" in printed and "are always masked" in printed
     keys = read_json("runs/dllm/config.json")["config"]
@@ -374,19 +392,27 @@ def test_n_processes_do_what_one_does(here, n):
 def test_two_processes_share_the_answers_of_one_evaluation(here):
     """Of answers of uneven length, and of a single one, so that the second process has none to write."""
     students = [str(ROOT / "students" / name) for name in ("toy-1", "toy-diffusion-1")]
-    Path("answers.py").write_text(
-        "import json, sys\nsys.path.insert(0, sys.argv[1])\n"
-        "import data, eval as evaluation, model, torch, train\nfrom hf.tokenizer import load_tokenizer\nfrom sample import Sampling\nfrom plumbing import parallel\n"
-        "def answers(folder, indices):\n"
-        "    cfg = train.Config(device='cpu')\n"
-        "    device = train.start_processes(cfg)\n"
-        "    student = model.load(folder, device, shard=lambda m: train.parallelize(cfg, m, device))\n"
-        "    tokenizer, problems = load_tokenizer(folder), data.load('data/toy-1/teacher')\n"
-        "    return evaluation.evaluate(student, tokenizer, problems, Sampling(max_new_tokens=40), indices,\n"
-        "                               samples=2, batch_size=3)\n"
-        "found = [answers(folder, indices) for folder in sys.argv[2:] for indices in (None, [0])]\n"
-        "with open(f'answers-{parallel.world_size()}-{parallel.rank()}.json', 'w') as file: json.dump(found, file)\n"
-        "train.parallel.end_processes()\n")  # fmt: skip
+    Path("answers.py").write_text("""
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import data, eval as evaluation, model, torch, train
+from hf.tokenizer import load_tokenizer
+from sample import Sampling
+from plumbing import parallel
+
+def answers(folder, indices):
+    cfg = train.Config(device="cpu")
+    device = parallel.start_processes(cfg)
+    student = model.load(folder, device, shard=lambda m: parallel.parallelize(cfg, m, device))
+    tokenizer, problems = load_tokenizer(folder), data.load("data/toy-1/teacher")
+    sampling = Sampling(max_new_tokens=40)
+    return evaluation.evaluate(student, tokenizer, problems, sampling, indices, samples=2, batch_size=3)
+
+found = [answers(folder, indices) for folder in sys.argv[2:] for indices in (None, [0])]
+with open(f"answers-{parallel.world_size()}-{parallel.rank()}.json", "w") as file:
+    json.dump(found, file)
+parallel.end_processes()
+""")
     done = torchrun(2, script="answers.py", words=[str(ROOT), *students])
     assert done.returncode == 0, done.stderr
     alone = subprocess.run([sys.executable, "answers.py", str(ROOT), *students], capture_output=True, text=True)
@@ -505,8 +531,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
       for key in ("batch_size", "warmup_steps", "clip", "seed", "record_every", "save_every")),
     (dict(device="foo"), "--device=foo: not on this machine"),
     (dict(device="cuda:99"), "--device=cuda:99: not on this machine"),
-    (dict(record_every=1, temperature=-1.0), "temperature = -1.0: out of range"),
-    (dict(record_every=1, model="llada", block_length=3), "block_length = 3 does not divide"),
+    (dict(record_every=1, temperature=-1.0), "--temperature=-1.0: must be at least 0"),
+    (dict(record_every=1, model="llada", block_length=3), "--block_length=3 does not divide"),
     (dict(gpu_memory_gib=-1.0), "--gpu_memory_gib=-1.0: must be more than 0"),
 ])  # fmt: skip
 def test_bad_keys_leave_nothing_behind(here, keys, message):
