@@ -190,14 +190,15 @@ def _read_bailing_like(raw, family):
         qk_norm=_flag(raw, "use_qk_norm", True),
         **_special_tokens(raw),
         sigmoid_router=True,
-        num_shared_experts=raw.get("num_shared_experts") or 0,
-        n_group=raw["n_group"],
-        topk_group=raw["topk_group"],
-        routed_scaling_factor=raw["routed_scaling_factor"],
     )
-    _read_expert_sizes(raw, config)
     first = raw.get("first_k_dense_replace", 0)
     config.moe_layers = frozenset(range(first, config.num_hidden_layers))
+    if config.moe_layers:
+        _read_expert_sizes(raw, config)
+        config.num_shared_experts = raw.get("num_shared_experts") or 0
+        config.n_group = raw["n_group"]
+        config.topk_group = raw["topk_group"]
+        config.routed_scaling_factor = raw["routed_scaling_factor"]
     if family == "bailing_moe_v2":
         config.num_nextn_predict_layers = raw.get("num_nextn_predict_layers") or 0
         return config
