@@ -31,7 +31,7 @@ from hf.families import local_folder
 from hf.template import OPENS, cut, fixed_date, parse_kwargs, uncut
 from hf.tokenizer import load_tokenizer
 from plumbing.config import InputError, command, read_json, require, whole_folder, write_json
-from verify import VERIFIERS, extract, grade
+from verify import VERIFIERS, judge, opens_thoughts, unmatchable
 
 FILES = ("tokens.bin", "spans.npy", "examples.jsonl")
 COUNTED = (
@@ -100,6 +100,7 @@ def write_arrays(cfg, render, out):
                 prompt, response = render(example)
                 prompt_ids, response_ids = render.encode(prompt, response)
                 too_long = limits.check(prompt_ids + response_ids)
+                check_answer(example.answer, cfg.verifier)
             except InputError as error:
                 raise InputError(f"{example.where}: {error}") from None
             if not tally.count(example, prompt, response, too_long):
@@ -119,7 +120,7 @@ def write_arrays(cfg, render, out):
         "n_tokens": end,
         "too_long": tally.counts["too_long"],
         "max_tokens": cfg.max_tokens,
-        "verifier": "gsm8k" if cfg.verifier == "auto" and tally.all_gsm8k else cfg.verifier,
+        "verifier": cfg.verifier,
         "source": str(cfg.source),
         "tokenizer_hash": render.tokenizer.hash,
         **render.meta,
@@ -127,6 +128,13 @@ def write_arrays(cfg, render, out):
         "command": sys.argv,
     }
     return meta, tally, unread
+
+
+def check_answer(answer, verifier):
+    """Raises InputError for an answer that no response can match: train accuracy would be 0 without a word."""
+    why = answer is not None and unmatchable(answer, verifier)
+    if why:
+        raise InputError(f'"answer" {why}')
 
 
 class Renderer:
@@ -198,14 +206,12 @@ class Tally:
     def __init__(self, cfg):
         self.cfg = cfg
         self.counts = Counter({key: 0 for key in COUNTED})
-        self.all_gsm8k = True
         self.wrong = None  # the first response that does not end in its answer
         self.seen = set()
 
     def count(self, example, prompt, response, too_long):
         """Count an example -> does it stay?"""
-        self.all_gsm8k = self.all_gsm8k and example.is_gsm8k
-        correct = self.grade(example, response)
+        correct = self.grade(example, prompt, response)
         if too_long:
             self.counts["too_long"] += 1
             return False
@@ -221,18 +227,15 @@ class Tally:
         self.seen.add(text)
         return True
 
-    def grade(self, example, response):
+    def grade(self, example, prompt, response):
         """Does the response end in the example's answer? None if that is not known."""
         if example.answer is None:
             return None
-        verifier = self.cfg.verifier
-        if verifier == "auto" and example.is_gsm8k:
-            verifier = "gsm8k"
-        correct = grade(response, example.answer, verifier)
-        if not correct and self.wrong is None:
-            found = extract(response, verifier)
+        verdict = judge(response, example.answer, self.cfg.verifier, opens_thoughts(prompt))
+        if not verdict["correct"] and self.wrong is None:
+            found = verdict["extracted"]
             self.wrong = f"{example.where}: the response ends in {found!r}, the answer is {example.answer!r}"
-        return correct
+        return verdict["correct"]
 
 
 def kind_of_thoughts(prompt, response):

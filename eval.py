@@ -29,7 +29,7 @@ from plumbing.config import InputError, command, whole_file, write_json
 from plumbing.parallel import gather, in_step, pick_device, rank, world_size
 from plumbing.runs import find_checkpoint, run_folder, run_keys
 from sample import Sampling, sample
-from verify import extract, grade
+from verify import THOUGHTS, VERIFIERS, judge, opens_thoughts, unmatchable
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Config(Sampling):
     limit: int = 0  # take only the first so many problems; 0: all
     samples: int = 1  # answers per problem
     batch_size: int = 64  # answers written at the same time; changes memory and speed, not the answers
+    verifier: str = ""  # how answers are read (data.py --help lists the ways); default: as the data says
     device: str = ""  # cpu, cuda, ...; default: cuda if there is one
     dtype: str = "float32"  # float32 or bfloat16
 
@@ -50,7 +51,15 @@ class Config(Sampling):
 
 
 def evaluate(
-    model, tokenizer, data, sampling, indices=None, samples=1, batch_size=64, progress=None
+    model,
+    tokenizer,
+    data,
+    sampling,
+    indices=None,
+    samples=1,
+    batch_size=64,
+    progress=None,
+    verifier="",
 ):
     """Let the model answer problems of a data.Data, and grade the answers -> (accuracy, rows).
 
@@ -58,20 +67,20 @@ def evaluate(
     indices   which problems; default: all
     samples   answers per problem
     progress  called with the number of answers that are written, of all processes together
+    verifier  how answers are read; default: as the data says
 
     Accuracy is the mean over all answers. Rows are in the order of the problems, the samples of a
-    problem side by side: {"id", "sample", "response", "extracted", "answer", "correct",
-    "truncated", "n_tokens"}. Of several processes each writes its share of the answers, and all
-    return all of them. Raises InputError for a problem without an answer to compare with.
+    problem side by side: {"id", "sample", "response", "extracted", "answer", "correct", "thoughts",
+    "truncated", "n_tokens"}, and "undecided": True where only math-verify, which is not installed,
+    could have told. Of several processes each writes its share of the answers, and all return all
+    of them. Raises InputError for a problem without an answer that a response can match.
     """
     indices = range(len(data)) if indices is None else [int(i) for i in indices]
     asked = [(i, number) for i in indices for number in range(samples)]
     if not asked:
         raise InputError("no problem, or no sample, to evaluate")
-    for i in indices:
-        if data.examples[i].get("answer") is None:
-            name = data.examples[i]["id"]
-            raise InputError(f"example {name} has no answer: accuracy needs one for every problem")
+    verifier = verifier or data.meta["verifier"]
+    check_references(data, indices, verifier)
 
     def report(done):
         # the other processes are about as far as this one
@@ -96,25 +105,33 @@ def evaluate(
             vocab_size=tokenizer.vocab_size,
         )
     rows = []
-    verifier = data.meta["verifier"]
     for (i, number), ids in zip(mine, texts, strict=True):
         response = tokenizer.decode(ids)
         answer = data.examples[i]["answer"]
-        row = {
-            "id": data.examples[i]["id"],
-            "sample": number,
-            "response": response,
-            "extracted": extract(response, verifier),
-            "answer": answer,
-            "correct": grade(response, answer, verifier),
-            "truncated": len(ids) == sampling.max_new_tokens,
-            "n_tokens": len(ids),
-        }
+        # some chat templates open the thoughts themselves: an answer may be cut off inside them
+        thinking = opens_thoughts(tokenizer.decode(data.prompt(i)[-9:]))
+        row = {"id": data.examples[i]["id"], "sample": number, "response": response}
+        row["answer"] = answer
+        row |= judge(response, answer, verifier, thinking)
+        row["truncated"] = len(ids) == sampling.max_new_tokens
+        row["n_tokens"] = len(ids)
         rows.append(row)
     # answer n was dealt to process n % P, as its n // P-th: back into the order of the problems
     parts = gather(rows)
     rows = [parts[n % len(parts)][n // len(parts)] for n in range(len(asked))]
     return float(np.mean([row["correct"] for row in rows])), rows
+
+
+def check_references(data, indices, verifier):
+    """Raises InputError for a problem whose answer no response could match."""
+    for i in indices:
+        name = data.examples[i]["id"]
+        answer = data.examples[i].get("answer")
+        if answer is None:
+            raise InputError(f"example {name} has no answer: accuracy needs one for every problem")
+        why = unmatchable(answer, verifier)
+        if why:
+            raise InputError(f"{data.folder}: the answer of example {name} {why}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,6 +165,36 @@ def pass_at_k(n, correct, k):
     return 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))
 
 
+def rates(rows):
+    """What failed: shares of all answers that were truncated, unparsed, and whose thoughts were
+    valid, empty, unclosed (never closed) or missing; undecided: only math-verify could have told."""
+    shares = {
+        "truncated": [row["truncated"] for row in rows],
+        "unparsed": [row["extracted"] is None for row in rows],
+        "undecided": [row.get("undecided", False) for row in rows],
+    }
+    for kind in THOUGHTS:
+        shares[f"thoughts_{kind}"] = [row["thoughts"] == kind for row in rows]
+    return {key: float(np.mean(values)) for key, values in shares.items()}
+
+
+def explain(accuracy, failed):
+    """A sentence if a low accuracy is a matter of format rather than ability, else "".
+
+    failed: what `rates` returns. Worth reading before pass 1 is paid for.
+    """
+    causes = []
+    if failed["thoughts_unclosed"] > 0.2:
+        causes.append(f"{failed['thoughts_unclosed']:.0%} never ended their thoughts")
+    if failed["truncated"] > 0.2:
+        causes.append(f"{failed['truncated']:.0%} were cut off (raise --max_new_tokens)")
+    if failed["unparsed"] > 0.2:
+        causes.append(f"{failed['unparsed']:.0%} gave no answer that could be read (--verifier)")
+    if accuracy >= 0.5 or not causes:
+        return ""
+    return f"accuracy {accuracy:.3f}: of the answers {', '.join(causes)}: format, not only ability"
+
+
 def summarize(rows, seconds):
     """What the table shows: accuracy and its interval, pass@k for k = samples; rates and means are
     over all answers."""
@@ -159,8 +206,7 @@ def summarize(rows, seconds):
         "accuracy": accuracy,
         "interval": interval,
         "pass_at_k": float(np.mean(passed)),
-        "truncated": float(np.mean([row["truncated"] for row in rows])),
-        "unparsed": float(np.mean([row["extracted"] is None for row in rows])),
+        **rates(rows),
         "mean_tokens": float(np.mean([row["n_tokens"] for row in rows])),
         "seconds": round(seconds, 2),
         "problems": len(passed),
@@ -206,12 +252,15 @@ def main(**given):
             samples=cfg.samples,
             batch_size=cfg.batch_size,
             progress=status(name, len(indices) * cfg.samples),
+            verifier=cfg.verifier,
         )
         summary = summarize(rows, time.time() - started)
         made = {"model": str(folder), "data": cfg.data, "sha256": problems.sha256}
         save(out, rows, {**summary, **made, **settings})
         results[name] = (summary, rows)
         print(f"{name:{width}}  {table_row(summary)}")
+    for name, (summary, rows) in results.items():
+        tell(name, summary, rows)
     compare(results)
     return results
 
@@ -233,6 +282,8 @@ def resolve(given):
         raise InputError("--data is missing: a folder made by data.py (--help lists the keys)")
     if cfg.dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype={cfg.dtype}: must be float32 or bfloat16")
+    if cfg.verifier and cfg.verifier not in VERIFIERS:
+        raise InputError(f"--verifier={cfg.verifier}: must be one of {', '.join(VERIFIERS)}")
 
     stem = Path(cfg.data).resolve().name
     jobs = []
@@ -291,7 +342,7 @@ def show_settings(cfg, settings, problems, n_problems):
         # most keys concern diffusion students only: those that were left alone say nothing
         if key in always or value != getattr(Config, key):
             shown.append(f"{key} {value}")
-    verifier = problems.meta["verifier"]
+    verifier = cfg.verifier or problems.meta["verifier"]
     print(f"{cfg.data}: {n_problems} problems, verifier {verifier}, {', '.join(shown)}")
 
 
@@ -305,6 +356,22 @@ def table_row(summary):
         f"{summary['seconds']:7.1f}",
     ]
     return "  ".join(cells)
+
+
+def tell(name, summary, rows):
+    """Print what a reader of the table must know of a model's answers, if there is anything."""
+    why = explain(summary["accuracy"], summary)
+    if why:
+        print(f"{name}: {why}")
+    if summary["thoughts_missing"] < 1:
+        shares = ", ".join(f"{kind} {summary[f'thoughts_{kind}']:.3f}" for kind in THOUGHTS)
+        print(f"{name}: thoughts {shares}")
+    undecided = sum(row.get("undecided", False) for row in rows)
+    if undecided:
+        print(
+            f"{name}: {undecided} answers are formulas that only math-verify can compare; "
+            "they count as wrong: pip install math-verify"
+        )
 
 
 def save(out, rows, summary):

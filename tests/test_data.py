@@ -90,9 +90,9 @@ def test_too_long_examples_are_counted_and_told(here, capsys):
     assert not Path("none").exists()
 
 
-def test_the_verifier_of_gsm8k_lines_is_gsm8ks(here):
+def test_gsm8k_lines_are_read_by_auto_and_an_explicit_verifier_wins(here):
     gsm8k = {"question": "q", "answer": "a #### 1"}
-    assert make(gsm8k).meta["verifier"] == "gsm8k" and make(gsm8k, GOOD).meta["verifier"] == "auto"
+    assert make(gsm8k).meta["verifier"] == "auto" and make(gsm8k, verifier="gsm8k").meta["verifier"] == "gsm8k"
     assert make(gsm8k, verifier="boxed").meta["verifier"] == "boxed"
 
 

@@ -46,6 +46,7 @@ def test_pass_at_k_against_all_subsets():
 def table(grades):
     """{problem: [is each of its answers right]} -> rows."""
     return [{"id": problem, "sample": s, "correct": bool(right), "truncated": s == 1, "extracted": "7" if s else None,
+             "thoughts": "missing",
              "n_tokens": 10 * (s + 1)}
             for problem, several in grades.items() for s, right in enumerate(several)]  # fmt: skip
 
@@ -56,6 +57,8 @@ def test_the_problem_is_the_unit():
     mean, interval = evaluation.mean_interval([1.0, 0.5, 0.0])  # not over the six answers
     assert summary == {
         "accuracy": mean, "interval": interval, "pass_at_k": pytest.approx(2 / 3), "truncated": 0.5, "unparsed": 0.5,
+        "undecided": 0.0, "thoughts_valid": 0.0, "thoughts_empty": 0.0, "thoughts_unclosed": 0.0,
+        "thoughts_missing": 1.0,
         "mean_tokens": 15.0, "seconds": 1.23, "problems": 3, "samples": 2,
     }  # fmt: skip
 
@@ -153,7 +156,7 @@ def test_a_write_that_fails_leaves_what_was_there(toy_runs, monkeypatch):
     assert {path: Path("runs/sft/eval", path).read_bytes() for path in files("runs/sft/eval")} == before
 
 
-def test_gsm8k_lines_end_to_end(toy_runs):
+def test_gsm8k_lines_end_to_end(toy_runs, capsys):
     """GSM8K's own form, through data.py and a student that says #### at once, whatever it is asked."""
     questions = [("Ann has 3 eggs and buys 4. How many?", "She has 3 + 4 = <<3+4=7>>7 eggs.\n#### 7"),
                  ("A car costs $1,200. Two cost?", "2 * 1200 = 2400\n#### 2,400"),
@@ -162,11 +165,13 @@ def test_gsm8k_lines_end_to_end(toy_runs):
     student = ROOT / "students/toy-1"
     data.main(source="gsm8k.jsonl", tokenizer=str(student), out="gsm8k")
     problems = data.load("gsm8k")
-    assert problems.meta["verifier"] == "gsm8k" and [e["answer"] for e in problems.examples] == ["7", "2400", "-7"]
+    assert problems.meta["verifier"] == "auto" and [e["answer"] for e in problems.examples] == ["7", "2400", "-7"]
     tokenizer = tokenizer_file.load_tokenizer(student)
     for i, (_, response) in enumerate(questions):  # the reference answers are right, swapped ones are not
         text = tokenizer.decode(problems.response(i), skip_special_tokens=True)
         assert text == response and grade(text, problems.examples[i]["answer"], "gsm8k")
         assert not grade(text, problems.examples[i - 1]["answer"], "gsm8k")
-    [(summary, rows)] = evaluation.main(model=str(student), data="gsm8k", max_new_tokens=20, seed=1).values()
+    [(summary, rows)] = evaluation.main(model=str(student), data="gsm8k", max_new_tokens=20, seed=1,
+                                        verifier="gsm8k").values()  # fmt: skip
+    assert "format, not only ability" in capsys.readouterr().out
     assert summary["accuracy"] == 0.0 and summary["unparsed"] == 1.0 and len(rows) == 3  # the toy knows no eggs
