@@ -40,10 +40,13 @@ else:
     # numpy may be the very importer that needs the real `select`, so it is not imported above
     import numpy as np
 
+    from plumbing import selection
     from plumbing.config import InputError, command, require, whole_folder, write_json
+    from plumbing.export import FORMATS, check_export, describe_labels, write_labels
     from plumbing.runs import load_trajectory, run_folder, run_keys
-    from plumbing.selection import bootstrap_bottleneck, paint, report, smoothed, token_statistics
+    from plumbing.selection import bootstrap_bottleneck, paint, smoothed
 
+import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -116,7 +119,13 @@ def find_label_free_bottleneck(curve, smooth=0):
 #   rng    numpy generator, seeded with --seed
 #
 # A new rule is a function and its line in RULES; it works for both kinds of student. One that
-# returns float32 gives the weight of every token in the loss of an autoregressive student.
+# returns float32 gives the weight of every token in the loss of an autoregressive student. What
+# else a rule may ask for, by name after a *:
+#
+#   gain     (n,) what T3S ranks by: the rise of confidence (keep) or its fall (force), nats
+#   low      (n,) confidence at the bottleneck, nats
+#   entropy  (n,) of the student's distribution there, nats
+#   ids      (n,) token ids
 
 
 def t3s(moved, start, spans, rng):
@@ -144,19 +153,66 @@ def static_low(moved, start, spans, rng):
     return highest(-start, moved.sum())
 
 
+def matched_random(moved, start, spans, rng, *, ids):
+    """Control: the same token identities as T3S takes, at other positions. Is it the word alone?"""
+    chosen = np.zeros_like(moved)
+    for token in np.unique(ids):
+        places = np.flatnonzero(ids == token)
+        chosen[places] = rng.permutation(moved[places])
+    return chosen
+
+
+def retrospective(moved, start, spans, rng, *, gain):
+    """Control: as many tokens from the other end of T3S's ranking; ssToken keeps what rose."""
+    return highest(-gain, moved.sum())
+
+
+def loss_high(moved, start, spans, rng, *, low):
+    """Control: as many tokens, those with the highest loss at the bottleneck."""
+    return highest(-low, moved.sum())
+
+
+def loss_low(moved, start, spans, rng, *, low):
+    """Control: the lowest loss; as a keep rule, the highest losses are what is trained on."""
+    return highest(low, moved.sum())
+
+
+def entropy_high(moved, start, spans, rng, *, entropy):
+    """Control: as many tokens, those where the student is most undecided at the bottleneck."""
+    return highest(entropy, moved.sum())
+
+
+def entropy_low(moved, start, spans, rng, *, entropy):
+    """Control: the most decided; as a keep rule, the forking tokens are what is trained on."""
+    return highest(-entropy, moved.sum())
+
+
+def dft(moved, start, spans, rng):
+    """Control: weight = probability at step 0; DFT's (2508.05629) follows the student instead."""
+    return np.exp(start).astype(np.float32)
+
+
 RULES = {
     "t3s": t3s,
     "random": random,
     "random_file": random_file,
+    "matched_random": matched_random,
     "static_high": static_high,
     "static_low": static_low,
+    "retrospective": retrospective,
+    "loss_high": loss_high,
+    "loss_low": loss_low,
+    "entropy_high": entropy_high,
+    "entropy_low": entropy_low,
+    "dft": dft,
 }
 
 
-def choose(rule, kind, delta, start, spans, tau=0.0, seed=0):
+def choose(rule, kind, delta, start, spans, tau=0.0, seed=0, **recorded):
     """The selection: (n,) bool, what stays in the loss (keep) or is always masked (force).
 
-    delta  (n,) change of confidence from step 0 to the bottleneck, nats
+    delta     (n,) change of confidence from step 0 to the bottleneck, nats
+    recorded  ids, entropy: what some rules ask for
 
     `all` selects every token; `inverse` the imitation anchors and only them, which as a keep rule
     has the sign of ssToken's retrospective excess. The others are RULES.
@@ -168,11 +224,23 @@ def choose(rule, kind, delta, start, spans, tau=0.0, seed=0):
         return np.ones(len(delta), dtype=bool)
     if rule not in RULES:
         raise InputError(f"--rule={rule}: must be {', '.join([*RULES, 'inverse', 'all', 'rrt'])}")
+    recorded |= {"gain": delta if kind == "keep" else -delta, "low": start + delta}
+    more = {name: recorded[name] for name in asked_for(rule, recorded)}
     rng = np.random.default_rng(seed)
-    moved = RULES[rule](rose if kind == "keep" else fell, start, spans, rng)
+    moved = RULES[rule](rose if kind == "keep" else fell, start, spans, rng, **more)
     if moved.dtype == np.float32:
         return moved  # weights are what stays already
     return ~moved if kind == "keep" else moved
+
+
+def asked_for(rule, recorded):
+    """The names after the * of a rule. Raises InputError if one was not recorded."""
+    parameters = inspect.signature(RULES[rule]).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for name in names:
+        if name not in recorded:
+            raise InputError(f"--rule={rule}: needs {name}, which this trajectory does not hold")
+    return names
 
 
 def highest(score, count):
@@ -201,15 +269,19 @@ def tau_of_share(delta, share, kind):
 @dataclass
 class Config:
     run: str = ""  # the run whose trajectory decides: runs/<run>
-    rule: str = "t3s"  # t3s, inverse, all, a control (RULES in select.py), or rrt (writes a model)
+    rule: str = "t3s"  # t3s, inverse, all, rrt (writes a model), or a control: --rule=? names all
     kind: str = "keep"  # keep: what stays in the loss (AR); force: what is masked (diffusion)
     tau: float = 0.0  # anchors have delta > tau, yet-to-learn tokens delta < -tau
     share: float = 0.0  # instead of tau: the share of anchors (keep) or yet-to-learn tokens (force)
     bottleneck: str = "accuracy"  # lowest train accuracy; or label_free; or a recorded step
     smooth: int = 0  # average that curve with so many neighbours on either side first
-    name: str = ""  # folder in runs/<run>/selection/; default: the rule
+    name: str = ""  # folder in runs/<run>/selection/; default: the rule (and the student)
     seed: int = 0  # of the random rules
     show: int = 2  # examples to print
+    student: str = ""  # the model to train on the selection, if it is not the run's own
+    data: str = ""  # its data folder, if it is not the run's own; the tokens must be the same
+    export: str = ""  # labels: write the selection for other trainers too (plumbing/export.py)
+    export_format: str = "jsonl"  # or parquet
 
 
 def main(**given):
@@ -219,17 +291,20 @@ def main(**given):
     """
     cfg, home, out = resolve(given)
     trained, trajectory = run_keys(home), load_trajectory(cfg.run)
-    train_set, tokenizer = load_inputs(cfg, trained, trajectory)
+    train_set, tokenizer = selection.load_inputs(cfg, trained, trajectory)
     response, spans = train_set.response_mask(), response_spans(train_set)
     curves = bottleneck_curves(trajectory, response, spans, cfg.smooth)
     step = pick_bottleneck(cfg, curves)
     if cfg.rule == "rrt":
-        return write_rrt(home, trained, step, out)
+        return selection.write_rrt(home, trained, step, out)
 
     start = confidence(trajectory, 0, response)
     delta = confidence(trajectory, step, response) - start
     tau = tau_of_share(delta, cfg.share, cfg.kind) if cfg.share else cfg.tau
-    picked = choose(cfg.rule, cfg.kind, delta, start, spans, tau, cfg.seed)
+    recorded = {"ids": train_set.tokens[response]}
+    if "entropy" in trajectory[step]:
+        recorded["entropy"] = trajectory[step]["entropy"][response]
+    picked = choose(cfg.rule, cfg.kind, delta, start, spans, tau, cfg.seed, **recorded)
     if not picked.any():
         raise InputError(
             f"--rule={cfg.rule} --tau={tau:g} selects no token at all; nothing written"
@@ -240,15 +315,19 @@ def main(**given):
     mask[response] = picked
 
     found = {"bottleneck_step": step, "tau": tau}
-    ids = train_set.tokens[response]
-    stats = {**found, **curves, **token_statistics(tokenizer, ids, delta, picked, tau, spans)}
+    tokens = selection.token_statistics(tokenizer, recorded["ids"], delta, picked, tau, spans)
+    stats = {**found, **curves, **tokens}
     origin = {"model": trained["model"], "sha256": train_set.sha256, "command": sys.argv}
     made = {**asdict(cfg), **found, **origin, "tokenizer_hash": tokenizer.hash}
     with whole_folder(out) as aside:
         np.save(aside / "mask.npy", mask)
         write_json(aside / "stats.json", stats)
         write_json(aside / "config.json", made)
-    report(cfg, stats, out)
+        if cfg.export:
+            write_labels(aside, train_set, mask, cfg.export_format)
+    selection.report(cfg, stats, out)
+    if cfg.export:
+        describe_labels(out / f"labels.{cfg.export_format}", train_set, mask)
     for i in range(min(cfg.show, len(train_set))):
         a, b = spans[i]
         text = paint(tokenizer, train_set.response(i), picked[a:b] > 0)
@@ -262,28 +341,14 @@ def resolve(given):
     if not cfg.run:
         raise InputError("--run is missing (--help lists the keys)")
     require(cfg, kind=("keep", "force"), tau=(0, None), seed=(0, None), smooth=(0, None))
+    require(cfg, show=(0, None), export_format=FORMATS)
+    check_export(cfg)
     cfg.bottleneck = str(cfg.bottleneck)  # a notebook may well pass a number
     home = run_folder(cfg.run)
-    name = cfg.name or cfg.rule
+    name = cfg.name or cfg.rule + (f"-for-{Path(cfg.student).name}" if cfg.student else "")
     if Path(name).name != name or name == "..":
         raise InputError(f"--name={name}: must be a plain name, of a folder in {home}/selection")
     return cfg, home, home / "selection" / name
-
-
-def load_inputs(cfg, trained, trajectory):
-    """The data that the run recorded, checked to be unchanged, and its tokenizer."""
-    import data  # the rules above need neither
-    from hf.families import local_folder
-    from hf.tokenizer import load_tokenizer
-
-    if 0 not in trajectory:
-        raise InputError(f"run {cfg.run}: step 0 was not recorded; train with --record_every")
-    train_set = data.load(trained["data"])
-    if str(trajectory[0]["sha256"]) != train_set.sha256:
-        raise InputError(
-            f"{trained['data']}: not the data that run {cfg.run} recorded; it has changed since"
-        )
-    return train_set, load_tokenizer(local_folder(trained["model"]))
 
 
 def response_spans(train_set):
@@ -348,20 +413,6 @@ def pick_bottleneck(cfg, curves):
             "or use accuracy or label_free"
         )
     return recorded[cfg.bottleneck]
-
-
-def write_rrt(home, trained, step, out):
-    """Write the model theta_0 + (theta_f - theta_b) from the checkpoints of a run -> its folder."""
-    from hf.families import local_folder
-    from hf.rrt import recover_residual
-
-    low = home / "checkpoints" / f"{step:06d}"
-    kept = sorted((home / "checkpoints").glob("[0-9]*"))
-    if low not in kept:
-        raise InputError(f"{low}: this checkpoint was not kept; rrt needs it (use --save_every)")
-    recover_residual(local_folder(trained["model"]), low, kept[-1], out)
-    print(f"{out}: theta_0 + (theta_{int(kept[-1].name)} - theta_{step}), a model folder")
-    return out
 
 
 if __name__ == "__main__":

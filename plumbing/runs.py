@@ -92,11 +92,13 @@ def of_pass_1(given, config_class):
             "as select.py writes it"
         )
     pass1 = read_keys(folder.parent.parent, config_class)
-    model = given.get("model", pass1["model"])
+    made = read_json(folder / "config.json")
+    # a selection made with select.py --student=S --data=D is for S, not for the run's own model
+    student = made.get("student") or pass1["model"]
+    model = given.get("model", student)
     diffusion_before = read_config(local_folder(pass1["model"])).is_diffusion
     diffusion_now = read_config(local_folder(model)).is_diffusion
-    kind = read_json(folder / "config.json").get("kind")
-    if kind == "force" and not diffusion_now:
+    if made.get("kind") == "force" and not diffusion_now:
         raise InputError(
             f"{given['selection']}: a force selection is for a diffusion student, "
             f"and {model} is autoregressive; name a diffusion student with --model"
@@ -112,6 +114,11 @@ def of_pass_1(given, config_class):
             f"this is {names[diffusion_now]} one; "
             f"inherited: {' '.join(shown)}; all other keys are the given ones or the defaults"
         )
+    if made.get("student"):
+        inherited |= {"model": student}
+        print(f"selector transfer: tokens chosen by {pass1['model']}, student {model}")
+    if made.get("data"):
+        inherited |= {"data": made["data"]}
     for key, value in given.items():
         if key in inherited and inherited[key] != value:
             print(f"differs from pass 1: {key} = {value} (pass 1: {inherited[key]})")

@@ -1,7 +1,7 @@
-"""What is said of a selection: how certain its bottleneck is, token tables, colours on a terminal.
+"""Around a selection: what it is made from, how certain its bottleneck is, tables, colours.
 
 select.py writes the dicts made here to stats.json and prints the text. Shapes: n response tokens,
-one example after the other. No torch. Next: plumbing/parallel.py.
+one example after the other. No torch at the top. Next: plumbing/export.py.
 """
 
 import os
@@ -9,6 +9,71 @@ import sys
 from collections import Counter
 
 import numpy as np
+
+from hf.families import local_folder
+from plumbing.config import InputError
+
+# -------------------------------------------------------------------------------------------------
+# What it is made from
+
+
+def load_inputs(cfg, trained, trajectory):
+    """The data to select from, checked to be what the run recorded, and its tokenizer.
+
+    cfg: select.py's Config; trained: run_keys. With --student or --data the selection is for another
+    model: its tokenizer must give the same tokens, or InputError names the first example that
+    differs.
+    """
+    import data
+    from hf.tokenizer import load_tokenizer
+
+    if 0 not in trajectory:
+        raise InputError(f"run {cfg.run}: step 0 was not recorded; train with --record_every")
+    train_set = data.load(trained["data"])
+    if str(trajectory[0]["sha256"]) != train_set.sha256:
+        raise InputError(
+            f"{trained['data']}: not the data that run {cfg.run} recorded; it has changed since"
+        )
+    tokenizer = load_tokenizer(local_folder(cfg.student or trained["model"]))
+    if cfg.data:
+        own, train_set = train_set, data.load(cfg.data)
+        check_same_tokens(own, train_set)
+    if cfg.student and tokenizer.hash != train_set.meta["tokenizer_hash"]:
+        raise InputError(
+            f"--student={cfg.student}: has another tokenizer than {train_set.folder}; make its data "
+            f"with data.py --tokenizer={cfg.student} and name that folder with --data"
+        )
+    return train_set, tokenizer
+
+
+def check_same_tokens(own, other):
+    """Raises InputError unless two data folders hold the same tokens, prompts and responses."""
+    if len(own) != len(other):
+        raise InputError(f"{other.folder}: has {len(other)} examples, and {own.folder} {len(own)}")
+    for i, example in enumerate(other.examples):
+        for part in ("prompt", "response"):
+            here = getattr(own, part)(i)
+            there = getattr(other, part)(i)
+            if not np.array_equal(here, there):
+                raise InputError(
+                    f"{other.folder}: the {part} of example {example['id']} has other tokens than "
+                    f"in {own.folder}; a selection can only be moved between models whose "
+                    "tokenizers and chat templates give the same tokens"
+                )
+
+
+def write_rrt(home, trained, step, out):
+    """Write the model theta_0 + (theta_f - theta_b) from the checkpoints of a run -> its folder."""
+    from hf.rrt import recover_residual  # needs torch, which selecting does not
+
+    low = home / "checkpoints" / f"{step:06d}"
+    kept = sorted((home / "checkpoints").glob("[0-9]*"))
+    if low not in kept:
+        raise InputError(f"{low}: this checkpoint was not kept; rrt needs it (use --save_every)")
+    recover_residual(local_folder(trained["model"]), low, kept[-1], out)
+    print(f"{out}: theta_0 + (theta_{int(kept[-1].name)} - theta_{step}), a model folder")
+    return out
+
 
 # -------------------------------------------------------------------------------------------------
 # Curves over recorded steps

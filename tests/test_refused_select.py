@@ -66,6 +66,11 @@ def test_an_unknown_rule_is_refused_with_all_the_names():
     *((dict(run="sft", name=name), f"--name={name}: must be a plain name")
       for name in (".", "..", "../x", "a/b", "/x")),
     (dict(run="sft", rule="random", seed=-1), "--seed=-1: must be at least 0"),
+    (dict(run="sft", rule="entropy_high"), "--rule=entropy_high: needs entropy, which this trajectory does not hold"),
+    (dict(run="sft", rule="dft", kind="force"), "--rule=dft: gives weights, which only --kind=keep can use"),
+    (dict(run="sft", export="tokens"), "--export=tokens: must be labels"),
+    (dict(run="sft", export="labels", export_format="csv"), "--export_format=csv: must be jsonl or parquet"),
+    (dict(run="sft", export="labels", kind="force"), "only a --kind=keep selection can be said in labels"),
 ])  # fmt: skip
 def test_keys_that_cannot_work_write_nothing(run, keys, message):
     with pytest.raises(InputError, match=message):

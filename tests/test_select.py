@@ -2,7 +2,9 @@
 
 import glob
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import model
+import train
+from hf import families
 from hf import tokenizer as tokenizer_file
 from plumbing import runs, selection
-from plumbing.config import InputError, load_select, read_json
+from plumbing.config import InputError, load_select, read_json, write_json
 
 select = load_select()
 ROOT = Path(__file__).parent.parent
@@ -159,6 +164,69 @@ def test_a_rule_may_give_weights(run, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["keep", "force"])
+@pytest.mark.parametrize("tau", [0.0, 0.3])
+def test_ranked_controls_against_python_s_sort(kind, tau):
+    """In float64 and by hand: who comes first when the tokens are sorted by what the rule names."""
+    delta, start, spans = world(seed=4)
+    delta += np.random.default_rng(5).normal(scale=1e-3, size=len(delta))  # no ties: sort decides
+    entropy = np.random.default_rng(6).exponential(size=len(delta))
+    budget = sum(d > tau for d in delta) if kind == "keep" else sum(d < -tau for d in delta)
+    gain = {"keep": 1, "force": -1}[kind]
+    score = {
+        "retrospective": lambda t: -gain * delta[t],
+        "loss_high": lambda t: -(start[t] + delta[t]),
+        "loss_low": lambda t: start[t] + delta[t],
+        "entropy_high": lambda t: entropy[t],
+        "entropy_low": lambda t: -entropy[t],
+    }
+    for rule, key in score.items():
+        mask = select.choose(rule, kind, delta, start, spans, tau, entropy=entropy)
+        taken = np.flatnonzero(~mask if kind == "keep" else mask).tolist()
+        assert taken == sorted(sorted(range(len(delta)), key=key)[-budget:]), rule
+
+
+def test_retrospective_and_t3s_take_from_opposite_ends():
+    delta, start, spans = world(seed=7, n=100)
+    for kind in ("keep", "force"):
+        other = select.choose("retrospective", kind, delta, start, spans, 1.0)
+        t3s = select.choose("t3s", kind, delta, start, spans, 1.0)
+        assert other.sum() == t3s.sum()
+        gone, paper = (~other, ~t3s) if kind == "keep" else (other, t3s)
+        assert not (gone & paper).any()
+
+
+def test_matched_random_takes_the_same_words_elsewhere():
+    delta, start, spans = world(seed=8, n=500)
+    ids = np.random.default_rng(9).integers(0, 12, size=500)
+    delta[ids == 3] = 1.0  # a word that always rises can only be taken where it is
+    for kind in ("keep", "force"):
+        mask = select.choose("matched_random", kind, delta, start, spans, seed=1, ids=ids)
+        t3s = select.choose("t3s", kind, delta, start, spans)
+        for token in range(12):
+            assert mask[ids == token].sum() == t3s[ids == token].sum()
+        assert (mask[ids == 3] == t3s[ids == 3]).all()
+        assert 0.2 < (mask != t3s).mean() < 0.6
+        again = select.choose("matched_random", kind, delta, start, spans, seed=1, ids=ids)
+        other = select.choose("matched_random", kind, delta, start, spans, seed=2, ids=ids)
+        assert (again == mask).all() and (other != mask).any()
+
+
+def test_dft_weights_are_the_probabilities_at_step_0(run):
+    weights = np.load(select.main(run="sft", rule="dft", show=0) / "mask.npy")
+    expected = [math.exp(c) if r else 0.0 for c, r in zip(run.logprob(0), run.response, strict=True)]
+    assert weights.dtype == np.float32 and weights.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_entropy_comes_from_the_bottleneck_s_file(run):
+    for step in (0, 2, 4):
+        run.write(step, run.logprob(step), np.array(hand_made.CORRECT[step], float),
+                  entropy=np.where(run.response, np.arange(len(run.response)) * (step - 1.0), np.nan))  # fmt: skip
+    mask = np.load(select.main(run="sft", rule="entropy_high", show=0) / "mask.npy")
+    kept = mask[run.response].tolist()
+    assert kept == sorted(kept, reverse=True) and 0 < sum(kept) < len(kept)  # step 2: the last are highest
+
+
+@pytest.mark.parametrize("kind", ["keep", "force"])
 def test_tau_of_a_share_comes_as_near_as_the_tokens_allow(kind):
     delta = np.random.default_rng(3).normal(size=1000)
     for share in (0.001, 0.05, 0.3):
@@ -238,6 +306,57 @@ def test_without_answers_only_the_label_free_curve_is_left(run, capsys):
     assert "bottleneck: step 2, as asked for" in capsys.readouterr().out
 
 
+def other_student(run, change=None):
+    """A folder of other weights whose tokenizer has one more token, and the data made with it."""
+    folder = Path("other")
+    shutil.copytree(run.tokenizer_folder.resolve(), folder)
+    tokenizer = read_json(folder / "tokenizer.json")
+    used = [token["id"] for token in tokenizer["added_tokens"]] + list(tokenizer["model"]["vocab"].values())
+    extra = {**tokenizer["added_tokens"][-1], "content": "<extra>", "id": max(used) + 1}
+    tokenizer["added_tokens"].append(extra)
+    config = read_json(folder / "config.json")
+    config["vocab_size"] = max(config["vocab_size"], extra["id"] + 1)
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "config.json", config)
+    network = model.Transformer(families.read_config(folder)).init_weights(7)
+    model.save(network, folder, "student")
+    lines = Path("data/toy-1/teacher.jsonl").read_text().splitlines()
+    if change:
+        lines[2] = change(lines[2])
+    Path("lines.jsonl").write_text("\n".join(lines))
+    data.main(source="lines.jsonl", tokenizer="student", out="data/for-student", verifier="toy")
+
+
+def test_a_selection_is_transferred_to_another_model_with_the_same_tokens(run, capsys):
+    other_student(run)
+    out = select.main(run="sft", student="student", data="data/for-student", show=0)
+    assert out == Path("runs/sft/selection/t3s-for-student")
+    own = select.main(run="sft", show=0)
+    assert np.array_equal(np.load(out / "mask.npy"), np.load(own / "mask.npy"))
+    trained = data.load("data/for-student")
+    assert trained.meta["tokenizer_hash"] != run.train_set.meta["tokenizer_hash"]
+    assert runs.load_mask(out, trained).any()
+    capsys.readouterr()
+    train_keys = dict(steps=1, batch_size=2, lr=1e-3, device="cpu")
+    write_json("runs/sft/config.json", {"config": read_json("runs/sft/config.json")["config"] | train_keys})
+    train.main(run="t3s", selection=str(out))
+    assert "selector transfer: tokens chosen by data/toy-1/untrained, student student" in capsys.readouterr().out
+    keys = read_json("runs/t3s/config.json")["config"]
+    assert (keys["model"], keys["data"], keys["batch_size"]) == ("student", "data/for-student", 2)
+
+
+def test_other_tokens_refuse_the_transfer(run):
+    other_student(run, change=lambda line: line.replace('"response": "', '"response": "1'))
+    name = run.train_set.examples[2]["id"]
+    with pytest.raises(InputError, match=f"the response of example {name} has other tokens than in data/toy-1/teacher"):
+        select.main(run="sft", student="student", data="data/for-student")
+    with pytest.raises(InputError, match="--student=student: has another tokenizer than data/toy-1/teacher; make its"):
+        select.main(run="sft", student="student")
+    with pytest.raises(InputError, match="data/toy-1/unseen: has 2 examples, and data/toy-1/teacher 6"):
+        select.main(run="sft", data="data/toy-1/unseen")
+    assert not Path("runs/sft/selection").exists()
+
+
 def test_rrt_is_the_sum_of_three_models(run):
     folders = {}
     base = str(run.tokenizer_folder.resolve())
@@ -249,7 +368,7 @@ def test_rrt_is_the_sum_of_three_models(run):
             network = network.to(torch.bfloat16)
         model.save(network, base, name, max_shard_bytes=100_000 if seed == 1 else 10**9)
         folders[seed] = model.load(name).state_dict()
-    select.write_json("runs/sft/config.json", {"config": {"model": "base", "data": "data/toy-1/teacher"}})
+    write_json("runs/sft/config.json", {"config": {"model": "base", "data": "data/toy-1/teacher"}})
     out = select.main(run="sft", rule="rrt")
     assert out == Path("runs/sft/selection/rrt") and read_json(out / "config.json")["model_type"] == "qwen3"
     made = load_file(out / "model.safetensors")
