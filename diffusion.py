@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import uniforms
-from plumbing.config import InputError
+from plumbing.config import InputError, above, require
 
 EPSILON = 1e-3  # LLaDA's smallest masking probability, so that 1 / p stays finite
 
@@ -29,7 +29,12 @@ class Corruption:
     t_min: float = -1.0  # least noise level; -1: 0.001 for LLaDA, 0.3 for block
     t_max: float = -1.0  # greatest noise level; -1: 1 for LLaDA, 0.8 for block
     complementary: bool = False  # each example twice, with a mask and with its complement
-    forced_weight: str = "one"  # of a token that the selection forces, under a 1/p loss: one or t
+    # what a selection does to a masked-diffusion student
+    anchors: str = "visible"  # of kind keep, what is not kept: visible (never masked) or unscored
+    forced_odds: float = 0.0  # of kind force: odds of being masked, times the others'; 0: always masked
+    forced_budget: str = "same"  # with forced_odds: same (the others are masked less) or more
+    forced_below: float = 1.0  # nothing is forced in rows of this noise level and above
+    forced_weight: str = "one"  # of a forced token under a 1/p loss: one or t
 
 
 # --------------------------------------------------------------------------------------------------
@@ -42,7 +47,8 @@ class Rows:
 
     ids: np.ndarray  # (B, T) int64, x_0: the examples, and end-of-text up to T
     maskable: np.ndarray  # (B, T) bool: what the objective may mask
-    forced: np.ndarray  # (B, T) bool: what T3S masks in any case
+    forced: np.ndarray  # (B, T) bool: what T3S masks in any case, or at higher odds
+    weight: np.ndarray  # (B, T) how much a masked token counts: 1, or the selection's; 0 at prompts
     u: np.ndarray  # (B, 1 + T) uniforms: u[0] becomes the level t; i is masked where u[1 + i] < t
     complement: np.ndarray  # (B, 1) bool: the second one of a complementary pair
     lengths: np.ndarray  # (B,) tokens of each example
@@ -59,6 +65,7 @@ def corrupt_batch(
     step,
     length,
     forced=None,
+    kept=None,
     device="cpu",
 ):
     """One micro-batch of a masked-diffusion objective, for train.train_step.
@@ -68,8 +75,12 @@ def corrupt_batch(
     corruption     a Corruption: the objective and its noise
     seed, step     with the example's id they fix its noise, whatever else is in the batch
     length         tokens of the longest example of the whole optimizer step: what `llada` pads to
-    forced         T3S (paper, 4.2): (n_tokens,) bool over the data set's tokens, select.py's kind
-                   force. These tokens are always masked: the mask is the random one UNION forced
+    forced         T3S (paper, 4.2): (n_tokens,) over the data set's tokens, select.py's kind force.
+                   These tokens are always masked: the mask is the random one UNION forced
+    kept           (n_tokens,) of kind keep. What is not kept, the anchors, leaves the loss and the
+                   normaliser; corruption.anchors says whether it is still masked
+                   Both are bool, or float32 >= 0: the weight of a token's loss when it is masked.
+                   What is both forced and not kept is treated as not kept
 
     Returns a dict: "ids", "targets" (-100 where not masked), "weights" float32, all (B, T), or
     (B, 2T) for a block model; "positions" and "attention" for Transformer.forward; "count", this
@@ -86,22 +97,23 @@ def corrupt_batch(
         raise InputError(f"length {length} is less than the {sizes.max()} tokens of the longest example")
     ends = np.full_like(sizes, length) if objective == "llada" else row_ends(config, sizes)
     prompt_too = objective == "llada_pretrain"
-    rows = lay_out(config, train_set, examples, ends, f"{seed} {step}", prompt_too, forced)
+    rows = lay_out(config, train_set, examples, ends, f"{seed} {step}", prompt_too)
+    apply_selection(rows, train_set.spans[examples], corruption, forced, kept)
     if corruption.complementary:
         rows = in_pairs(rows)
 
     # 2. the mask: a noise level t for each row, every token by chance t, UNION what is forced
-    masked, p = add_noise(rows, corruption.t_min, corruption.t_max)
+    masked, p, level = add_noise(rows, corruption)
 
     # 3. inverse probability, by which LLaDA's losses weigh. The paper leaves open what it is for
-    #    forced tokens. one: they are masked with probability 1, so each counts 1, which is what
-    #    every answer token counts on average. t: 1 / p of the row, on average ln(1 / EPSILON) = 6.9
-    inverse_p = np.repeat(1 / p, masked.shape[1], axis=1)  # (B, T)
-    if corruption.forced_weight == "one":
-        inverse_p[rows.forced] = 1.0
+    #    forced tokens. one: that of the token itself, so each counts 1 on average, as it does
+    #    without T3S. t: that of its row, on average ln(1 / EPSILON) = 6.9 times as much
+    inverse_p = 1 / p  # (B, T)
+    if corruption.forced_weight == "t":
+        inverse_p = np.where(rows.forced, 1 / level, inverse_p)
 
-    # 4. what the model reads, x_t, and what it predicts: x_0 where x_t is masked
-    batch = hide(rows, masked, config)
+    # 4. what the model reads, x_t, and what it predicts: x_0 where x_t is masked (and scored)
+    batch = hide(rows, masked, config, scored=masked & (rows.weight > 0))
 
     # 5. how much each prediction counts, and what the sum is divided by
     weights, count = OBJECTIVES[objective](rows, masked, inverse_p, corruption.weighting)
@@ -118,7 +130,7 @@ def resolve_corruption(config, corruption):
 
     corruption: a Corruption, or any object with its keys, such as train.Config. Raises InputError
     for a model that is no masked-diffusion model, an unknown objective or one of the other family,
-    a weighting where there is none, a range of noise levels outside 0..1.
+    a range of noise levels outside 0..1, a key that would have no effect beside the others.
     """
     check_model(config)
     keys = Corruption(**{key: getattr(corruption, key) for key in asdict(Corruption())})
@@ -130,8 +142,14 @@ def resolve_corruption(config, corruption):
             f"--objective={keys.objective} is not for {config.model_type}, "
             f"which attends {config.attention}"
         )
-    if keys.forced_weight not in ("one", "t"):
-        raise InputError(f"--forced_weight={keys.forced_weight}: must be one or t")
+    require(
+        keys,
+        anchors=("visible", "unscored"),
+        forced_weight=("one", "t"),
+        forced_budget=("same", "more"),
+        forced_odds=(0, 1e6),
+        forced_below=(above(0), 1),
+    )
     weighting_fits = keys.weighting in ("mean", "1/t") and keys.objective == "block"
     if keys.weighting and not weighting_fits:
         raise InputError(
@@ -147,7 +165,57 @@ def resolve_corruption(config, corruption):
             f"--t_min={keys.t_min} --t_max={keys.t_max}: must be 0 < t_min <= t_max <= 1 "
             "(0 only without 1/t)"
         )
+    if keys.forced_weight != "one" and not divides:
+        raise InputError(
+            f"--forced_weight={keys.forced_weight} has no effect: objective block with weighting "
+            "mean counts all masked tokens alike (--weighting=1/t divides by the probability)"
+        )
+    if keys.forced_budget != "same" and not keys.forced_odds:
+        raise InputError(f"--forced_budget={keys.forced_budget} has no effect without --forced_odds")
+    if 0 < keys.forced_odds < 1:
+        raise InputError(f"--forced_odds={keys.forced_odds}: must be 0 (always masked) or at least 1")
+    if keys.forced_below <= keys.t_min:
+        raise InputError(
+            f"--forced_below={keys.forced_below}: no noise level lies below it (t_min is {keys.t_min})"
+        )
     return keys
+
+
+def check_selection(corruption, forced, kept):
+    """Raise InputError for a key about a selection that is not there.
+
+    corruption as given, not yet resolved; forced and kept as for corrupt_batch.
+    """
+    defaults = Corruption()
+    about = {"anchors": kept, "forced_odds": forced, "forced_below": forced, "forced_weight": forced}
+    for key, mask in about.items():
+        value = getattr(corruption, key)
+        if mask is None and value != getattr(defaults, key):
+            kind = "keep" if key == "anchors" else "force"
+            raise InputError(f"--{key}={value} has no effect without a --selection of kind {kind}")
+
+
+def check_data(config, train_set):
+    """Raise InputError for an example that the model cannot be trained on.
+
+    Longer than its context, or with a mask among its tokens, which could not be told from noise.
+    """
+    sizes = train_set.spans[:, 2] - train_set.spans[:, 0]
+    context = config.max_position_embeddings  # 0: unknown
+    if 0 < context < sizes.max(initial=0):
+        example = train_set.examples[int(sizes.argmax())]["id"]
+        raise InputError(
+            f"{train_set.folder}: example {example} of {sizes.max()} tokens is longer than the model's "
+            f"context of {context}; leave such out with data.py --max_tokens={context}"
+        )
+    found = np.flatnonzero(train_set.tokens == config.mask_token_id)
+    if len(found):
+        row = int(np.searchsorted(train_set.spans[:, 2], found[0], side="right"))
+        raise InputError(
+            f"{train_set.folder}: token {found[0] - train_set.spans[row, 0]} of example "
+            f"{train_set.examples[row]['id']} is the mask (id {config.mask_token_id}), which training "
+            "text must not contain; take it out and run data.py again"
+        )
 
 
 def check_model(config):
@@ -171,10 +239,11 @@ def row_ends(config, sizes):
     return blocks * config.block_length
 
 
-def lay_out(config, train_set, examples, ends, noise_key, prompt_too=False, forced=None):
+def lay_out(config, train_set, examples, ends, noise_key, prompt_too=False):
     """Examples -> Rows. What lies between the end of an example and `ends` is answer like the rest.
 
     noise_key, with the example's id, decides the row's uniforms; prompt_too: prompts are maskable.
+    Full-attention rows are as long as the longest `ends`. Raises InputError as check_data does.
     """
     pad_id = config.pad_token_id
     if pad_id is None:
@@ -184,11 +253,13 @@ def lay_out(config, train_set, examples, ends, noise_key, prompt_too=False, forc
             "config.json names neither pad_token_id nor eos_token_id, so answers cannot be padded"
         )
     B = max(1, len(examples))
-    T = int(ends.max(initial=config.block_length if config.attention == "block" else 1))
+    shortest = config.block_length if config.attention == "block" else 1  # without examples
+    T = int(ends.max(initial=shortest))
     rows = Rows(
         ids=np.full((B, T), pad_id, dtype=np.int64),
         maskable=np.zeros((B, T), dtype=bool),
         forced=np.zeros((B, T), dtype=bool),
+        weight=np.zeros((B, T)),
         u=np.zeros((B, 1 + T)),
         complement=np.zeros((B, 1), dtype=bool),
         lengths=np.zeros(B, dtype=np.int64),
@@ -202,10 +273,31 @@ def lay_out(config, train_set, examples, ends, noise_key, prompt_too=False, forc
         rows.ends[row] = ends[row]
         rows.ids[row, :size] = train_set.tokens[start:end]
         rows.maskable[row, first : ends[row]] = True
+        rows.weight[row, first : ends[row]] = 1.0
         rows.u[row] = uniforms(noise_key, train_set.examples[example]["id"], 1 + T)
-        if forced is not None:
-            rows.forced[row, :size] = forced[start:end]
+    if (rows.ids == config.mask_token_id).any() or rows.lengths.max() > (
+        config.max_position_embeddings or np.inf
+    ):
+        check_data(config, train_set)  # names the example
     return rows
+
+
+def apply_selection(rows, spans, corruption, forced, kept):
+    """Lay the selections over the rows, in place. spans (n, 3) of the rows' examples.
+
+    Selections are about responses; pads, and prompts in pre-training, keep their weight of 1.
+    """
+    for row, (start, prompt_end, end) in enumerate(spans):
+        answer = slice(prompt_end - start, end - start)
+        if kept is not None:
+            rows.weight[row, answer] *= kept[prompt_end:end]
+        if forced is not None:
+            chosen = forced[prompt_end:end]
+            rows.forced[row, answer] = chosen > 0
+            rows.weight[row, answer] *= np.where(chosen > 0, chosen, 1.0)
+    if corruption.anchors == "visible":
+        rows.maskable &= rows.weight > 0
+    rows.forced &= rows.weight > 0
 
 
 def in_pairs(rows):
@@ -218,31 +310,65 @@ def in_pairs(rows):
     return pairs
 
 
-def add_noise(rows, t_min, t_max):
-    """-> masked (B, T) bool, p (B, 1): the probability with which the row's tokens are masked.
+def add_noise(rows, corruption):
+    """-> masked (B, T) bool, p (B, T) the probability of each token to be masked, level (B, 1).
 
-    Of a complementary pair the second row masks what the first does not, so its p is 1 - t.
+    corruption: a resolved Corruption. Of a complementary pair the second row masks what the first
+    does not, so its noise level is 1 - t.
     """
+    t_min, t_max = corruption.t_min, corruption.t_max
     # LLaDA's p = (1 - eps) t + eps is the case t_min = eps, t_max = 1
     t = t_min + (t_max - t_min) * rows.u[:, :1]  # (B, 1)
-    random = (rows.u[:, 1:] < t) ^ rows.complement
-    masked = (random & rows.maskable) | rows.forced
-    p = np.where(rows.complement, np.maximum(1 - t, EPSILON), t)
-    return masked, p
+    level = np.where(rows.complement, np.maximum(1 - t, EPSILON), t)
+    p = np.repeat(t, rows.ids.shape[1], axis=1)  # (B, T)
+    if corruption.forced_odds:
+        tilted = tilt(t, rows, corruption.forced_odds, corruption.forced_budget)
+        p = np.where(t < corruption.forced_below, tilted, p)
+    masked = ((rows.u[:, 1:] < p) ^ rows.complement) & rows.maskable
+    p = np.where(rows.complement, np.maximum(1 - p, EPSILON), p)
+    if not corruption.forced_odds:
+        always = rows.forced & (level < corruption.forced_below)
+        masked |= always
+        p[always] = 1.0
+    return masked, p, level
+
+
+def tilt(t, rows, w, budget):
+    """Masking probabilities (B, T) at which forced tokens have w times the odds p / (1 - p) of the others.
+
+    budget same: as many tokens are masked on average as without forcing: with f the share of forced
+    ones among what may be masked and q the probability of the others,
+
+        f w q / (1 + (w - 1) q) + (1 - f) q = t
+
+    w = 1 gives t to all. As w grows, forced tokens are masked first, and what the budget leaves over
+    goes to the others. more: q = t, the forced ones come on top; as w grows, the paper's union.
+    """
+    q = t
+    if budget == "same":
+        forced = (rows.forced & rows.maskable).sum(1, keepdims=True)
+        f = forced / np.maximum(1, rows.maskable.sum(1, keepdims=True))
+        a = (1 - f) * (w - 1)
+        b = 1 + (w - 1) * (f - t)
+        root = np.sqrt(b * b + 4 * a * t)
+        # the root of a q^2 + b q = t in 0..1, in the form that does not cancel
+        q = np.where(b > 0, 2 * t / (b + root + (b <= 0)), (root - b) / np.maximum(2 * a, EPSILON))
+    of_forced = w * q / (1 + (w - 1) * q)
+    return np.clip(np.where(rows.forced, of_forced, q), 1e-12, 1.0)  # 1 / p stays finite
 
 
 # --------------------------------------------------------------------------------------------------
 # What the model reads and predicts
 
 
-def hide(rows, masked, config):
+def hide(rows, masked, config, scored=None):
     """Rows of which `masked` is hidden -> {"ids", "targets", "positions", "attention"}.
 
     A full model reads x_t, (B, T); a block model x_t and x_0, (B, 2T), at positions 0..T-1 twice.
-    Only masked positions of x_t have a target, which is their own token.
+    Only masked positions of x_t (if given, only `scored` ones) have a target: their own token.
     """
     noisy = np.where(masked, config.mask_token_id, rows.ids)  # x_t
-    targets = np.where(masked, rows.ids, -100)
+    targets = np.where(masked if scored is None else scored, rows.ids, -100)
     if config.attention != "block":
         attention = padding_mask(rows)
         return {"ids": noisy, "targets": targets, "positions": None, "attention": attention}
@@ -306,45 +432,50 @@ def tensors(batch, device):
 
 # --------------------------------------------------------------------------------------------------
 # Objectives: (rows, masked, inverse_p, weighting) -> weights of the masked tokens, normaliser
+#
+# w_i is the weight of token i: 1 where nothing is selected, 0 for anchors that left the loss. The
+# normaliser counts what is scored, so that a loss does not shrink with the selection.
 
 
 def llada_pretrain(rows, masked, inverse_p, weighting):
     """LLaDA's pre-training loss (arXiv 2502.09992, eq. 3; ML-GSAI/LLaDA, GUIDELINES.md):
 
-        L = - 1 / (number of tokens)  sum over i of  1[x_t^i = M] / p  log p_theta(x_0^i | x_t)
+        L = - 1 / (sum of w_i)  sum over i of  w_i 1[x_t^i = M] / p  log p_theta(x_0^i | x_t)
 
     Prompt and response alike, and the normaliser counts all tokens, masked or not. Rows are not
     padded with text: nothing sees what is behind their end. (LLaDA cuts one batch in a hundred to a
     random length, so that not all are 4096 tokens long; examples here differ in length anyway.)
     """
-    return inverse_p, float(rows.maskable.sum())
+    return inverse_p * rows.weight, float(rows.weight.sum())
 
 
 def llada_sft(rows, masked, inverse_p, weighting):
     """LLaDA's fine-tuning loss (arXiv 2502.09992, eq. 5; GUIDELINES.md):
 
-        L = - 1 / B  sum over b of  1 / L'_b  sum over i of  1[x_t^i = M] / p  log p_theta(x_0^i | prompt, x_t)
+        L = - 1 / B  sum over b of  1 / L'_b  sum over i of  w_i 1[x_t^i = M] / p  log p_theta(x_0^i | prompt, x_t)
 
-    with L'_b tokens in the answer of row b. The prompt is never masked. Answers are padded with
-    end-of-text to the length of the step, and these pads are answer: masked, seen, scored.
+    with L'_b the sum of w_i in the answer of row b, which without a selection is its length. The
+    prompt is never masked. Answers are padded with end-of-text to the length of the step, and these
+    pads are answer: masked, seen, scored. B counts the rows in which something is scored.
     """
-    answer = np.maximum(1, rows.maskable.sum(1, keepdims=True))  # (B, 1), L'
-    return inverse_p / answer, float((rows.lengths > 0).sum())
+    answer = rows.weight.sum(1, keepdims=True)  # (B, 1), L'
+    scored = answer > 0
+    return inverse_p * rows.weight / np.where(scored, answer, 1.0), float(scored.sum())
 
 
 def block_sft(rows, masked, inverse_p, weighting):
     """LLaDA2's block-diffusion fine-tuning loss, all blocks in one pass (dFactory, train_llada2_bd.py):
 
-        L = - 1 / n  sum over i of  1[x_t^i = M]  log p_theta(x_0^i | x_t of its block, x_0 of the blocks before)
+        L = - 1 / n  sum over i of  w_i 1[x_t^i = M]  log p_theta(x_0^i | x_t of its block, x_0 of the blocks before)
 
-    weighting mean: n is the number of masked tokens (as dFactory trains). 1/t: each term is divided
-    by p, and n is the number of answer tokens; for t from next to 0 to 1 this is the report's bound
-    on the negative log-likelihood. An example ends with its last block: the pads up to there are
-    answer, what lies behind is seen by nothing (dFactory pads to 2048).
+    weighting mean: n is the sum of w_i of the masked tokens (as dFactory trains). 1/t: each term is
+    divided by p, and n is the sum over all answer tokens; for t from next to 0 to 1 this is the
+    report's bound on the negative log-likelihood. An example ends with its last block: the pads up
+    to there are answer, what lies behind is seen by nothing (dFactory pads to 2048).
     """
     if weighting == "1/t":
-        return inverse_p, float(rows.maskable.sum())
-    return np.ones(masked.shape), float(masked.sum())
+        return inverse_p * rows.weight, float(rows.weight.sum())
+    return rows.weight, float(rows.weight[masked].sum())
 
 
 OBJECTIVES = {"llada_pretrain": llada_pretrain, "llada": llada_sft, "block": block_sft}
@@ -371,6 +502,7 @@ def confidence(model, train_set, examples, draws=0, seed=0):
     config = model.config
     device = next(model.parameters()).device
     check_model(config)
+    plain = Corruption(t_min=0.0, t_max=1.0)
     spans = train_set.spans[examples]
     sizes = spans[:, 2] - spans[:, 0]
     prompts = spans[:, 1] - spans[:, 0]
@@ -378,7 +510,7 @@ def confidence(model, train_set, examples, draws=0, seed=0):
     for k in range(max(1, draws)):
         rows = lay_out(config, train_set, examples, row_ends(config, sizes), f"{seed} draw {k}")
         rows.u[:, 0] = (k + rows.u[:, 0]) / draws if draws else 1.0
-        masked, _ = add_noise(rows, 0.0, 1.0)
+        masked, _, _ = add_noise(rows, plain)
         masks = [masked, rows.maskable & ~masked] if draws else [masked]
         for masked in masks:
             nll = model(**tensors(hide(rows, masked, config), device))

@@ -150,9 +150,16 @@ def help_text(cls):
 
 
 def command(main, cls):
-    """Run `main(**given)` for a shell: an InputError or a failing file becomes one line and exit code 1."""
+    """Run `main(**given)` for a shell: an InputError or a failing file becomes one line and exit code 1.
+
+    Ctrl-C exits with 130, and a reader who has gone away (`| head`) with 141 and without a word, as from any command.
+    """
     try:
         main(**parse(cls))
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends, and would complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (InputError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             # under torchrun process 0 says the same, and when it ends torchrun ends this one

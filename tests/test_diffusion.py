@@ -7,6 +7,7 @@ and one token at a time, on tiny models with random weights.
 import hashlib
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -50,11 +51,14 @@ SET = make_set()
 ALL = np.arange(len(SET))
 LONGEST = int((SET.spans[:, 2] - SET.spans[:, 0]).max())
 FORCED = SET.response_mask() & (np.random.default_rng(5).random(len(SET.tokens)) < 0.4)
+KEPT = SET.response_mask() & (np.random.default_rng(6).random(len(SET.tokens)) < 0.6)
+HEAVY = (KEPT * np.random.default_rng(7).random(len(SET.tokens)) * 3).astype(np.float32)  # weights, 0 for some
 
 
-def batch_of(student, examples=ALL, *, seed=3, step=7, train_set=SET, length=LONGEST, forced=None, **keys):
+def batch_of(student, examples=ALL, *, seed=3, step=7, train_set=SET, length=LONGEST, **keys):
+    masks = {name: keys.pop(name, None) for name in ("forced", "kept")}
     return corrupt_batch(student.config, train_set, examples, Corruption(**keys), seed=seed, step=step, length=length,
-                         forced=forced)  # fmt: skip
+                         **masks)  # fmt: skip
 
 
 def weighted_nll(student, batch):
@@ -96,7 +100,7 @@ def test_noise_is_uniform_in_t_and_independent_over_tokens():
 
 
 def test_block_noise_has_its_range():
-    student, train_set = make_student("block"), make_set([(0 + 4, 400)] * 50)
+    student, train_set = make_student("block", max_position_embeddings=404), make_set([(4, 400)] * 50)
     for low, high in ((-1.0, -1.0), (0.05, 0.1)):
         batch = batch_of(student, range(50), train_set=train_set, length=404, t_min=low, t_max=high)
         share = (batch["targets"][:, 4:404] != -100).float().mean(1)
@@ -150,8 +154,25 @@ def terms(student, clean, masked):
     return found
 
 
+def soft_chance(t, selected, maskable, w, budget):
+    """Masking probability of every position: the selected at w times the odds of the others, found by bisection."""
+
+    def chances(q):
+        odds = q / (1 - q) if q < 1 else math.inf
+        return [w * odds / (1 + w * odds) if odds < math.inf and hit else q for hit in selected]
+
+    low, high = 0.0, 1.0
+    wanted = t * sum(maskable)
+    for _ in range(200):
+        middle = (low + high) / 2
+        expected = sum(p for p, may in zip(chances(middle), maskable, strict=True) if may)
+        low, high = (middle, high) if expected < wanted else (low, middle)
+    return chances(t if budget == "more" else (low + high) / 2)
+
+
 def step_loss(student, examples, objective, length, seed=3, step=7, forced=None, forced_weight="one", weighting="mean",
-              low=None, high=None, complementary=False):  # fmt: skip
+              low=None, high=None, complementary=False, kept=None, anchors="visible", forced_odds=0.0,
+              forced_budget="same", forced_below=1.0):  # fmt: skip
     """The loss of one step, from the formulas: (numerator, normaliser)."""
     numerator = denominator = 0.0
     for i in examples:
@@ -166,20 +187,35 @@ def step_loss(student, examples, objective, length, seed=3, step=7, forced=None,
         bottom, top = bottom if low is None else low, top if high is None else high
         t = bottom + (top - bottom) * u[0]
         first = 0 if objective == "llada_pretrain" else prompt
+        response = range(prompt, end - start)
+        w = [0.0 if at < first else 1.0 for at in range(len(clean))]
+        for at in response:
+            w[at] = 1.0 if kept is None else float(kept[start + at])
+            if forced is not None and forced[start + at] > 0:
+                w[at] *= float(forced[start + at])
+        may = [at >= first and (anchors == "unscored" or w[at] > 0) for at in range(len(clean))]
+        chosen = [forced is not None and at in response and forced[start + at] > 0 and w[at] > 0
+                  for at in range(len(clean))]  # fmt: skip
+        p = [t] * len(clean)
+        if forced_odds and t < forced_below:
+            p = soft_chance(t, [a and b for a, b in zip(chosen, may, strict=True)], may, forced_odds, forced_budget)
         for second in [False, True] if complementary else [False]:
-            p = 1 - t if second else t
-            must = [forced is not None and at < end - start and bool(forced[start + at]) for at in range(len(clean))]
-            masked = [at >= first and (u[1 + at] < t) != second or must[at] for at in range(len(clean))]
-            nll = terms(student, clean, masked)
-            by_p = sum(value / (1 if must[at] and forced_weight == "one" else p) for at, value in nll.items())
-            if objective == "llada_pretrain":
-                numerator, denominator = numerator + by_p, denominator + len(clean)
-            elif objective == "llada":
-                numerator, denominator = numerator + by_p / (length - prompt), denominator + 1
-            elif weighting == "mean":
-                numerator, denominator = numerator + sum(nll.values()), denominator + len(nll)
+            level = 1 - t if second else t
+            must = [hit and not forced_odds and level < forced_below for hit in chosen]
+            masked = [may[at] and (u[1 + at] < p[at]) != second or must[at] for at in range(len(clean))]
+            chance = [1.0 if must[at] else 1 - p[at] if second else p[at] for at in range(len(clean))]
+            nll = {at: value for at, value in terms(student, clean, masked).items() if w[at] > 0}
+            by_p = sum(w[at] * value / (level if chosen[at] and forced_weight == "t" else chance[at])
+                       for at, value in nll.items())  # fmt: skip
+            total = sum(w)
+            if objective == "llada":
+                numerator += by_p / total if total else 0.0
+                denominator += total > 0
+            elif objective == "block" and weighting == "mean":
+                numerator += sum(w[at] * value for at, value in nll.items())
+                denominator += sum(w[at] for at in nll)
             else:
-                numerator, denominator = numerator + by_p, denominator + len(clean) - prompt
+                numerator, denominator = numerator + by_p, denominator + total
     return numerator, denominator
 
 
@@ -191,6 +227,27 @@ VARIANTS = [
     ("block", dict(weighting="1/t", low=0.1, high=1.0)),
     ("block", dict(weighting="1/t", low=0.1, high=1.0, forced=FORCED)),
     ("block", dict(weighting="1/t", forced=FORCED, forced_weight="t", complementary=True)),
+    # selections that keep: anchors visible or unscored; weights; beside forced tokens
+    ("llada", dict(kept=KEPT)), ("llada", dict(kept=KEPT, anchors="unscored")), ("llada", dict(kept=HEAVY)),
+    ("llada_pretrain", dict(kept=HEAVY, complementary=True)), ("llada_pretrain", dict(kept=KEPT, anchors="unscored")),
+    ("llada", dict(kept=KEPT, forced=FORCED, complementary=True)),
+    ("block", dict(kept=KEPT)), ("block", dict(kept=KEPT, anchors="unscored")),
+    ("block", dict(kept=HEAVY, anchors="unscored", complementary=True)),
+    ("block", dict(kept=KEPT, forced=FORCED)), ("block", dict(kept=HEAVY, forced=FORCED, anchors="unscored")),
+    ("block", dict(kept=KEPT, weighting="1/t", low=0.1, high=1.0, complementary=True)),
+    ("block", dict(kept=HEAVY, forced=HEAVY, weighting="1/t", low=0.1, high=1.0)),
+    # softer forcing
+    ("llada", dict(forced=FORCED, forced_odds=2.0)),
+    ("llada", dict(forced=FORCED, forced_odds=5.0, complementary=True)),
+    ("llada", dict(forced=FORCED, forced_odds=3.0, forced_weight="t")),
+    ("llada_pretrain", dict(forced=FORCED, forced_odds=1e5)),
+    ("block", dict(forced=FORCED, forced_odds=2.0)), ("block", dict(forced=FORCED, forced_odds=1.0)),
+    ("block", dict(forced=FORCED, forced_odds=40.0, complementary=True)),
+    ("block", dict(forced=FORCED, forced_odds=2.0, forced_budget="more")),
+    ("block", dict(forced=FORCED, forced_odds=2.0, kept=HEAVY, weighting="1/t", low=0.1, high=1.0)),
+    ("block", dict(forced=FORCED, forced_below=0.5)),
+    ("block", dict(forced=FORCED, forced_below=0.5, complementary=True)),
+    ("llada", dict(forced=FORCED, forced_below=0.4, forced_odds=4.0, complementary=True)),
 ]  # fmt: skip
 
 
@@ -298,6 +355,116 @@ def test_forced_tokens_count_once_on_average_with_weight_one():
                 total[group], n[group] = total[group] + weight[chosen].sum(), n[group] + chosen.sum()
         assert total[0] / n[0] == pytest.approx(1.0, abs=0.1)
         assert total[1] / n[1] == pytest.approx(expected, rel=1e-6 if kind == "one" else 0.25)
+
+
+def masked_at(batch, T):
+    return (batch["ids"][:, :T] == MASK).numpy()
+
+
+@pytest.mark.parametrize("objective", ["llada_pretrain", "llada", "block"])
+def test_keeping_every_token_changes_no_bit(objective):
+    """All True, and all 1.0, are the loss without a selection; a weight of 2 on all is it too, but for llada's 1/L'."""
+    student = make_student("block" if objective == "block" else "full")
+    plain = batch_of(student, objective=objective, complementary=True)
+    for everything in (SET.response_mask(), SET.response_mask().astype(np.float32)):
+        for anchors in ("visible", "unscored"):
+            batch = batch_of(student, objective=objective, complementary=True, kept=everything, anchors=anchors)
+            assert all(torch.equal(batch[key], plain[key]) for key in ("ids", "targets", "weights"))
+            assert batch["count"] == plain["count"]
+
+
+@pytest.mark.parametrize("attention", ["full", "block"])
+def test_anchors_are_never_masked_or_masked_as_ever(attention):
+    """visible: an anchor is in no mask; unscored: the masks are those without a selection. In neither is it scored."""
+    student = make_student(attention)
+    anchors, T = SET.response_mask() & ~KEPT, 20
+    lay = np.zeros((len(SET), T), dtype=bool)
+    for row, (start, _, end) in enumerate(SET.spans):
+        lay[row, : end - start] = anchors[start:end]
+    for step in range(30):
+        plain = batch_of(student, step=step)
+        T = plain["ids"].shape[1] // (2 if attention == "block" else 1)
+        hidden = masked_at(plain, T)
+        visible = batch_of(student, step=step, kept=KEPT)
+        unscored = batch_of(student, step=step, kept=KEPT, anchors="unscored")
+        at = lay[:, :T]
+        assert np.array_equal(masked_at(visible, T), hidden & ~at)
+        assert np.array_equal(masked_at(unscored, T), hidden)
+        for batch in (visible, unscored):
+            assert np.array_equal((batch["targets"][:, :T] != -100).numpy(), hidden & ~at)
+
+
+def test_forcing_softly_keeps_the_budget_and_the_odds():
+    """w times the odds, as many masks on average as without; w = 1 is plain, a great w masks the forced first."""
+    rng = np.random.default_rng(0)
+    rows = diffusion.lay_out(make_student("full").config, SET, ALL, np.full(4, 30), "key")
+    rows.forced = rows.maskable & (rng.random(rows.maskable.shape) < 0.4)
+    n, f = rows.maskable.sum(1), rows.forced.sum(1)
+    for t in (0.01, 0.2, 0.5, 0.9, 0.999):
+        level = np.full((4, 1), t)
+        for w in (1.0, 1.5, 2.0, 10.0, 1e3, 1e6):
+            p = diffusion.tilt(level, rows, w, "same")
+            assert (p * rows.maskable).sum(1) == pytest.approx(t * n, rel=1e-6)
+            for row in range(4):
+                forced, other = p[row][rows.forced[row]][0], p[row][rows.maskable[row] & ~rows.forced[row]][0]
+                assert forced / (1 - forced) == pytest.approx(w * other / (1 - other), rel=1e-4)
+        assert diffusion.tilt(level, rows, 1.0, "same") == pytest.approx(np.full(p.shape, t))
+        for row in range(4):  # w -> infinity: the forced ones first
+            forced = p[row][rows.forced[row]][0]
+            assert forced == pytest.approx(min(1.0, t * n[row] / f[row]), abs=2e-3)
+        assert (diffusion.tilt(level, rows, 1e6, "more")[rows.forced] > 1 - 2e-4).all()
+        assert diffusion.tilt(level, rows, 1e6, "more")[~rows.forced] == pytest.approx(t)
+
+
+def test_forced_at_great_odds_on_top_of_the_budget_is_the_papers_union():
+    for attention in ("full", "block"):
+        student = make_student(attention)
+        for step in range(10):
+            union = batch_of(student, step=step, forced=FORCED, t_min=0.2, t_max=0.8)
+            soft = batch_of(student, step=step, forced=FORCED, t_min=0.2, t_max=0.8, forced_odds=1e6,
+                            forced_budget="more")  # fmt: skip
+            assert torch.equal(union["ids"], soft["ids"]) and torch.equal(union["targets"], soft["targets"])
+            one = batch_of(student, step=step, forced=FORCED, t_min=0.2, t_max=0.8, forced_odds=1.0)
+            assert torch.equal(one["ids"], batch_of(student, step=step, t_min=0.2, t_max=0.8)["ids"])
+
+
+def test_complementary_rows_cover_the_answer_once_whatever_the_odds():
+    for odds in (1.0, 2.0, 100.0):
+        batch = batch_of(make_student("full"), complementary=True, forced=FORCED, forced_odds=odds)
+        masked = (batch["targets"] != -100).numpy()
+        assert not (masked[::2] & masked[1::2]).any()
+        for row, (start, prompt_end, _) in enumerate(SET.spans):
+            assert (masked[2 * row] | masked[2 * row + 1])[prompt_end - start :].all()
+
+
+def test_nothing_is_forced_above_the_level():
+    """Rows of a level below forced_below are the union, the others what they are without forcing."""
+    student, seen = make_student("full"), set()
+    for step in range(20):
+        plain, union, partly = (masked_at(batch_of(student, step=step, **keys), LONGEST) for keys in (
+            {}, dict(forced=FORCED), dict(forced=FORCED, forced_below=0.5)))  # fmt: skip
+        for row, i in enumerate(ALL):
+            below = 1e-3 + 0.999 * noise(3, step, f"x{i}", 1)[0] < 0.5
+            assert np.array_equal(partly[row], union[row] if below else plain[row])
+            seen.add((bool(below), bool((union[row] != plain[row]).any())))
+    assert {(True, True), (False, True)} <= seen
+
+
+def test_rows_are_as_long_as_the_longest_example_of_the_step():
+    """Of full attention, however short: LLaDA's rows have no floor. A step of examples of 8 tokens reads 8."""
+    for length in (LONGEST, 3):
+        examples = [2] if length == 3 else ALL
+        batch = batch_of(make_student("full"), examples, length=length)
+        assert batch["ids"].shape[1] == length and batch["attention"] == "full"
+    assert batch_of(make_student("full"), [2], objective="llada_pretrain")["ids"].shape == (1, 3)
+
+
+def test_arrays_reach_torch_without_a_warning():
+    """forced_weight=t once passed an array that must not be written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for weight in ("one", "t"):
+            batch_of(make_student("full"), forced=FORCED, forced_weight=weight)
 
 
 def test_complementary_rows_cover_the_answer_once():

@@ -4,12 +4,16 @@ Oracles of the masked-diffusion samplers are written here from the rules (LLaDA'
 generate), one sequence and one token at a time, on tiny models with random weights.
 """
 
+import contextlib
 import copy
 import functools
+import io
 import itertools
 import math
 import os
 import pty
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -524,20 +528,94 @@ def test_into_a_pipe_goes_the_answer_alone(world):
     assert done.stdout == tokenizer.decode(ids) + "\n"
 
 
+def on_a_terminal(words, cwd, typed=(), interrupt_after=""):
+    """Run a command on a terminal of its own -> (all that appears there, exit code).
 
-def test_the_command_draws_on_a_terminal(world):
+    typed: lines, each typed when a new "> " waits for it; at last Ctrl-D. interrupt_after: Ctrl-C once this was seen.
+    """
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(COMMAND, cwd=world, stdout=theirs, stderr=theirs, close_fds=True)
+    process = subprocess.Popen(words, cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
-    seen = b""
-    try:
+    seen, asked, typed = b"", 0, [*typed, "\x04"]
+    with contextlib.suppress(OSError):  # how Linux ends a terminal
         while piece := os.read(ours, 4096):
             seen += piece
-    except OSError:  # how Linux ends a terminal
-        pass
-    assert process.wait(timeout=100) == 0
-    text = seen.decode()
+            if interrupt_after and interrupt_after.encode() in seen:
+                process.send_signal(signal.SIGINT)
+                interrupt_after = ""
+            if typed and seen.count(b"\n> ") + seen.startswith(b"> ") > asked:
+                line = typed.pop(0)
+                os.write(ours, line.encode() if line == "\x04" else f"{line}\n".encode())
+                asked += 1
+    os.close(ours)
+    return seen.decode().replace("\r\n", "\n"), process.wait(timeout=100)
+
+
+def test_a_masked_diffusion_answer_is_drawn_on_a_terminal(world):
+    text, code = on_a_terminal(COMMAND, world)
+    assert code == 0
     assert text.startswith("\x1b[?1049h\x1b[H\x1b[J") and text.count("\x1b[J") == text.count("pass ")
     assert "\x1b[32m" in text and "░" in text
     end = text.rpartition("\x1b[?1049l")[2]
     assert "░" not in end and end.strip().endswith("forward passes)")
+
+
+AUTOREGRESSIVE = [sys.executable, str(ROOT / "sample.py"), f"--model={ROOT / 'students/toy-1'}", "--device=cpu"]
+
+
+def answers_of_a_chat(folder, questions, n, **keys):
+    """Every turn sees the questions and answers before it."""
+    student, tokenizer = model.load(folder), tokenizer_file.load_tokenizer(Path(folder))
+    turns, answers = [], []
+    for question in questions:
+        turns.append({"role": "user", "content": question})
+        [ids] = ask(sample.sample, student, [tokenizer.encode_prompt(turns)], n, eos_ids={0},
+                    vocab_size=tokenizer.vocab_size, **keys)  # fmt: skip
+        answers.append(tokenizer.decode(ids))
+        turns.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def test_a_chat_on_a_terminal_streams_every_turn(tmp_path):
+    questions = ["3+5*2-7+4?", "1+1-1+1-1?"]
+    text, code = on_a_terminal([*AUTOREGRESSIVE, "--chat=true", "--max_new_tokens=30"], tmp_path, questions)
+    first, second = answers_of_a_chat(ROOT / "students/toy-1", questions, 30)
+    shown = re.sub(r"\x1b\[\?2004[hl]", "", text).replace("\r", "")  # readline's brackets around what is pasted
+    assert code == 0 and "Traceback" not in text
+    assert shown.startswith(f"> {questions[0]}\n{first}\n> {questions[1]}\n{second}\n> ")
+    assert first.startswith("3+5=8; ") or "3+5=8; " in first
+
+
+@pytest.mark.parametrize("name", ["llada", str(ROOT / "students/toy-1")])
+def test_a_chat_through_a_pipe_is_an_answer_a_line(world, monkeypatch, capsys, name):
+    """Questions are lines, empty ones are passed over, --prompt is the first; no arrow and no colour in the answers."""
+    monkeypatch.chdir(world)
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+1-1+1-1?\n\n5*5+0+0+0?\n"))
+    keys = {"block_length": 8} if name == "llada" else {}
+    last = sample.main(model=name, prompt="3+5*2-7+4?", chat=True, max_new_tokens=16, device="cpu", **keys)
+    expected = answers_of_a_chat(name, ["3+5*2-7+4?", "1+1-1+1-1?", "5*5+0+0+0?"], 16, **keys)
+    assert capsys.readouterr() == ("".join(f"{answer}\n" for answer in expected), "")
+    assert last == expected[-1]
+
+
+def test_who_types_into_a_pipe_sees_the_arrow_elsewhere(tmp_path):
+    """Standard input is a terminal, the answers go into a file: the "> " must not."""
+    ours, theirs = pty.openpty()
+    os.write(ours, b"3+5*2-7+4?\n\x04")
+    words = [*AUTOREGRESSIVE, "--chat=true", "--max_new_tokens=8"]
+    done = subprocess.run(words, cwd=tmp_path, stdin=theirs, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stderr == "> > "
+    assert done.stdout == answers_of_a_chat(ROOT / "students/toy-1", ["3+5*2-7+4?"], 8)[0] + "\n"
+
+
+def test_ctrl_c_in_the_middle_of_an_answer_is_one_word(tmp_path):
+    words = [*AUTOREGRESSIVE, "--prompt=3+5*2-7+4?", "--max_new_tokens=200", "--temperature=5", "--seed=1"]
+    text, code = on_a_terminal([*words, "--top_k=0"], tmp_path, interrupt_after=" ")
+    assert code == 130 and text.endswith("interrupted\n") and "Traceback" not in text
+
+
+def test_a_reader_who_has_gone_away_hears_nothing(tmp_path):
+    words = [*AUTOREGRESSIVE, "--prompt=3+5*2-7+4?", "--max_new_tokens=8"]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=100) == 141
