@@ -145,7 +145,8 @@ def masked_batch(run, rows, step, length):
         seed=run.cfg.seed,
         step=step,
         length=length,
-        forced=run.selected,
+        forced=run.forced,
+        kept=run.selected,
         device=run.device,
     )
     scored = (batch["targets"] != -100).sum()

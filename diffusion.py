@@ -125,6 +125,24 @@ def corrupt_batch(
     return tensors(batch, device) | forward_cost(config, rows.ends)
 
 
+def check_keys(config, keys):
+    """Raise InputError for keys of train.Config that do not fit this student.
+
+    Of a masked-diffusion student: as resolve_corruption. Of an autoregressive one: a key of
+    Corruption that was changed, since it would have no effect.
+    """
+    if config.is_diffusion:
+        resolve_corruption(config, keys)
+        return
+    for key, default in asdict(Corruption()).items():
+        value = getattr(keys, key)
+        if value != default:
+            raise InputError(
+                f"--{key}={value} is about masked-diffusion students, and {config.model_type} "
+                "is autoregressive"
+            )
+
+
 def resolve_corruption(config, corruption):
     """A Corruption -> a new one, the family's own objective and noise levels filled in.
 

@@ -48,7 +48,7 @@ from plumbing.parallel import (
     world_size,
 )  # fmt: skip
 from plumbing.resume import start_run
-from plumbing.runs import checkpoint, load_mask, of_pass_1, read_keys, run_folder
+from plumbing.runs import checkpoint, load_selections, of_pass_1, read_keys, run_folder
 from sample import Sampling, check_sampling, resolve_decoding
 from trajectory import record
 
@@ -59,7 +59,7 @@ class Config(Sampling, Corruption):
     run: str = ""  # name of the run: its folder is runs/<run>
     model: str = ""  # the student, theta_0: a Hugging Face folder or hub id
     data: str = ""  # training examples: a folder made by data.py
-    selection: str = ""  # pass 2: a folder made by select.py; unset keys are inherited from the run it came from
+    selection: str = ""  # pass 2: a folder made by select.py (for diffusion students also two: kind keep,kind force)
     eval_data: str = ""  # a second folder made by data.py, on whose problems accuracy is recorded as well
     # optimisation
     steps: int = 50  # optimizer steps
@@ -112,7 +112,8 @@ class Run:
     tokenizer: Tokenizer
     train_set: data.Data
     eval_set: data.Data | None
-    selected: np.ndarray | None  # (n_tokens,) bool: what stays in the loss (AR), what is always masked (diffusion)
+    selected: np.ndarray | None  # (n_tokens,) bool or float32: what stays in the loss, or its weight
+    forced: np.ndarray | None  # (n_tokens,) bool: what a diffusion student's corruption masks in any case
     student: model.Transformer | None = None
     optimizer: torch.optim.Optimizer | None = None
 
@@ -290,16 +291,18 @@ def read_inputs(cfg):
     device = start_processes(cfg)
     source = local_folder(cfg.model)
     shape, tokenizer = families.read_config(source), load_tokenizer(source)
-    if shape.is_diffusion:
-        diffusion.resolve_corruption(shape, cfg)
+    diffusion.check_keys(shape, cfg)
     if shape.is_diffusion and cfg.packing:
         raise InputError("--packing=true is for autoregressive students: a diffusion objective lays out its own rows")
     train_set, eval_set = load_data(cfg.data, tokenizer), load_data(cfg.eval_data, tokenizer)
-    kind = "force" if shape.is_diffusion else "keep"
-    selected = load_mask(cfg.selection, train_set, kind) if cfg.selection else None
+    masks = load_selections(cfg.selection, train_set, shape.is_diffusion)
+    if shape.is_diffusion:
+        diffusion.check_data(shape, train_set)
+        diffusion.check_selection(cfg, masks["force"], masks["keep"])
     if cfg.record_every:
         check_recording(cfg, shape, train_set, eval_set)
-    return Run(cfg, device, run_folder(cfg.run), source, shape, tokenizer, train_set, eval_set, selected)
+    return Run(cfg, device, run_folder(cfg.run), source, shape, tokenizer, train_set, eval_set,
+               masks["keep"], masks["force"])  # fmt: skip
 
 
 def check_recording(cfg, shape, train_set, eval_set):
@@ -350,10 +353,12 @@ def describe(run, first):
     a_step = min(cfg.batch_size or len(train_set), len(train_set))
     print(f"{cfg.run}: {parameters:,} parameters on {world_size()} x {run.device.type}, {len(train_set)} examples, "
           f"{a_step} of them a step, {supervised:,} response tokens")  # fmt: skip
-    if run.selected is not None:
-        what = "are always masked" if run.shape.is_diffusion else "stay in the loss"
-        chosen = int(run.selected.sum())
-        print(f"selection {cfg.selection}: {chosen:,} tokens = {chosen / supervised:.1%} {what}")
+    anchors = f", the others are {cfg.anchors}" if run.shape.is_diffusion else ""
+    how = "are always masked" if not cfg.forced_odds else f"have {cfg.forced_odds:g} times the odds of being masked"
+    for mask, what in ((run.selected, f"stay in the loss{anchors}"), (run.forced, how)):
+        if mask is not None:
+            chosen = int((mask > 0).sum())
+            print(f"selection {cfg.selection}: {chosen:,} tokens = {chosen / supervised:.1%} {what}")
     if cfg.packing:
         size = train_set.spans[:, 2] - train_set.spans[:, 0]
         rows = [sum(size[i] for i in row) for row in pack(size, cfg.max_row_tokens)]

@@ -287,7 +287,7 @@ def start_run(run):
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "sha256": run.train_set.sha256, "tokenizer_hash": run.tokenizer.hash,
         "eval_sha256": run.eval_set and run.eval_set.sha256,
-        "selection_sha256": None if run.selected is None else mask_hash(run.selected),
+        "selection_sha256": " ".join(mask_hash(m) for m in (run.selected, run.forced) if m is not None) or None,
         "model_sha256": sha256(json.dumps(run.shape.raw, sort_keys=True).encode()).hexdigest(),
     }  # fmt: skip
 

@@ -81,11 +81,12 @@ def read_keys(folder, config_class):
 def of_pass_1(given, config_class):
     """What pass 2 inherits from its selection's run -> keys; differences are printed.
 
+    Of several selections the first one's run counts.
     A student of the same kind inherits every key but --run and --selection. A student of the
     other kind (a diffusion student, autoregressive selector) inherits OF_THE_EXPERIMENT.
     Raises InputError if the selection lies elsewhere or forces tokens of an autoregressive student.
     """
-    folder = Path(given["selection"])
+    folder, *others = (Path(name) for name in given["selection"].split(","))
     if folder.parent.name != "selection":
         raise InputError(
             f"--selection={folder}: must be a folder runs/<run>/selection/<name>, "
@@ -98,7 +99,8 @@ def of_pass_1(given, config_class):
     model = given.get("model", student)
     diffusion_before = read_config(local_folder(pass1["model"])).is_diffusion
     diffusion_now = read_config(local_folder(model)).is_diffusion
-    if made.get("kind") == "force" and not diffusion_now:
+    kinds = [read_json(each / "config.json").get("kind") for each in (folder, *others)]
+    if "force" in kinds and not diffusion_now:
         raise InputError(
             f"{given['selection']}: a force selection is for a diffusion student, "
             f"and {model} is autoregressive; name a diffusion student with --model"
@@ -200,11 +202,28 @@ def load_trajectory(run):
 # Selections
 
 
+def load_selections(names, data, is_diffusion):
+    """The folders in `names`, separated by commas -> {"keep": mask or None, "force": mask or None}.
+
+    An autoregressive student takes one of kind keep; a diffusion student one of each kind at most.
+    Raises InputError as load_mask does, and for two of one kind.
+    """
+    found = {"keep": None, "force": None}
+    for name in filter(None, names.split(",")):
+        kind = "keep"
+        if is_diffusion:
+            kind = read_json(Path(name) / "config.json").get("kind", "keep")
+        if found.get(kind) is not None:
+            raise InputError(f"--selection={names}: two of kind {kind}; a student takes one of each kind")
+        found[kind] = load_mask(name, data, kind)
+    return found
+
+
 def load_mask(folder, data, kind="keep"):
     """A selection folder -> (n_tokens,) as stored: bool, or float32 >= 0, a weight in the loss.
 
     data  the data.Data to train on
-    kind  "keep" for an autoregressive student, "force" for a diffusion student
+    kind  "keep", or, for diffusion students only, "force"
 
     Raises InputError if the selection was made for other data, another tokenizer or the other
     kind of student, if it is damaged, or if nothing is selected.
@@ -223,7 +242,7 @@ def load_mask(folder, data, kind="keep"):
         raise InputError(
             f"{folder}: this selection was made for another data set than {data.folder}"
         )
-    if made.get("kind") != kind:
+    if made.get("kind") != kind or kind not in ("keep", "force"):
         student = "an autoregressive" if kind == "keep" else "a diffusion"
         raise InputError(
             f"{folder}: kind is {made.get('kind')}; {student} student needs select.py --kind={kind}"
