@@ -10,7 +10,7 @@ order of the list of merges. tiktoken does the last two quickly, but it has its 
 tokens, where Hugging Face goes by pairs), so most of this file finds out where the two agree, and refuses a
 file for which they do not.
 
-Next: hf/template.py.
+Next: hf/tokenizer_files.py.
 """
 
 import hashlib
@@ -24,7 +24,8 @@ import regex
 import tiktoken
 
 from hf.template import compile_template, control_tokens, hash_of, read_template
-from plumbing.config import InputError, read_json
+from hf.tokenizer_files import read_added, read_names, read_spec
+from plumbing.config import InputError
 
 GPT2_SPLIT = (
     r"'s|'t|'re|'ve|'m|'ll|'d"
@@ -45,6 +46,10 @@ def byte_of_char():
 BYTE_OF_CHAR = byte_of_char()
 CHARS = set(BYTE_OF_CHAR)
 LONG_BLANK = re.compile(r"\s{10000}")
+# blanks and letters as Rust's regex has them, which finds them around added tokens for Hugging Face
+BLANKS = regex.compile(r"\p{White_Space}*")
+BLANKS_BACKWARDS = regex.compile(r"(?r)\p{White_Space}*")
+LETTER = regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]", regex.V1)
 
 
 def load_tokenizer(folder):
@@ -72,11 +77,11 @@ class Tokenizer:
 
     def __init__(self, folder):
         path = folder / "tokenizer.json"
-        spec = read_json(path)
+        spec = read_spec(folder)
         try:
             self._read_splits(spec, path)
             self._read_vocabulary(spec["model"], path)
-            self._read_added(spec.get("added_tokens") or [], spec["model"]["vocab"], path)
+            self._read_added(read_added(folder, spec), spec["model"]["vocab"], path)
             put_in_front = _tokens_in_front(spec)
         except (AttributeError, KeyError, TypeError, ValueError, regex.error) as error:
             if isinstance(error, InputError):
@@ -84,8 +89,7 @@ class Tokenizer:
             raise InputError(f"{path}: not a byte-level BPE tokenizer.json ({error!r})") from None
         self.folder = folder
         self.vocab_size = max(self.bytes_of) + 1
-        self.names = _named_tokens(folder / "special_tokens_map.json")
-        self.names |= _named_tokens(folder / "tokenizer_config.json")
+        self.names = read_names(folder)
         id_of = spec["model"]["vocab"] | self.added
         self.bos_token_id = id_of.get(self.names.get("bos_token"))
         self.eos_token_id = id_of.get(self.names.get("eos_token"))
@@ -176,31 +180,35 @@ class Tokenizer:
     def _read_added(self, tokens, vocab, path):
         """Added tokens are cut out first, the leftmost longest one; those marked normalized only after NFC."""
         self.added = {}
-        raw = {}
-        normalized = {}
+        self.raw = {}
+        self.normalized = {}
+        kinds = []
         last = len(vocab) - 1
         for token in tokens:
             name = token["content"]
-            if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-                raise InputError(f"{path}: added token {name!r}: lstrip, rstrip and single_word are not supported")
             # Hugging Face goes by the order of the tokens, not by the id that is listed
             usual = vocab.get(name, self.added.get(name, last + 1))
             if not name or token["id"] != usual:
                 raise InputError(f"{path}: added token {name!r} has id {token['id']} and not {usual}")
             self.added[name] = usual
             last = max(last, usual)
+            blanks = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
             if token.get("normalized"):
                 name = unicodedata.normalize("NFC", name) if self.nfc else name
-                normalized[name] = usual
+                self.normalized[name] = (usual, blanks)
             else:
-                raw[name] = usual
+                self.raw[name] = (usual, blanks)
+            flags = (bool(token.get("normalized")), bool(token.get("special")))
+            kinds.append((usual, token["content"], *flags, *blanks))
+        swallows = any(token.get("lstrip") or token.get("rstrip") for token in tokens)
+        for name in self.added:
+            if swallows and name != name.strip():  # tokenizers itself panics where one token swallows another
+                raise InputError(f"{path}: added token {name!r} begins or ends in a blank, which others swallow "
+                                 "(lstrip, rstrip); that is not supported")
         self.special_ids = {token["id"] for token in tokens if token.get("special")}
         self.bytes_of |= {i: name.encode() for name, i in self.added.items()}
-        self.cuts = [(_any_of(raw), raw), (_any_of(normalized), normalized)]
-        kinds = []
-        for token in tokens:
-            flags = (bool(token.get("normalized")), bool(token.get("special")))
-            kinds.append((token["id"], token["content"], *flags))
+        self.find_raw = _any_of(self.raw)
+        self.find_normalized = _any_of(self.normalized)
         self.hash = _sha256_json(self.hash, sorted(kinds))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -212,16 +220,12 @@ class Tokenizer:
         Raises InputError for a lone surrogate, which is no text.
         """
         ids = []
-        (raw, id_of_raw), (normalized, id_of_normalized) = self.cuts
-        for part, is_added in _cut(raw, text):
-            if is_added:
-                ids.append(id_of_raw[part])
+        for part, i in _cut_added(self.find_raw, self.raw, text):
+            if i is not None:
+                ids.append(i)
                 continue
-            for piece, is_added in _cut(normalized, self._normalize(part)):
-                if is_added:
-                    ids.append(id_of_normalized[piece])
-                else:
-                    ids += self._encode_bpe(piece)
+            for piece, i in _cut_added(self.find_normalized, self.normalized, self._normalize(part)):
+                ids += self._encode_bpe(piece) if i is None else [i]
         return ids
 
     def encode_ordinary(self, text):
@@ -442,23 +446,35 @@ def _flatten(step, key):
     return [inner for part in step[key] for inner in _flatten(part, key)]
 
 
-def _named_tokens(path):
-    """{"eos_token": "...", ...} of special_tokens_map.json or tokenizer_config.json, if it exists."""
-    named = {}
-    for key, value in (read_json(path) if path.exists() else {}).items():
-        if not key.endswith("_token") or not isinstance(value, dict | str):
-            continue
-        text = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(text, str):
-            raise InputError(f'{path}: {key} is neither a text nor an object with a "content" that is one')
-        named[key] = text
-    return named
-
-
 def _any_of(contents):
     """A pattern for the leftmost, then longest of these strings; None if there are none."""
     longest_first = sorted(contents, key=len, reverse=True)
     return regex.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _cut_added(pattern, tokens, text):
+    """All of `text` in order, as (part, None) between added tokens and ("", id) for each of them.
+
+    tokens: {name: (id, its flags)}. A token with lstrip or rstrip swallows the blanks on that side; one with
+    single_word counts only where no letter or digit touches it.
+    """
+    at = 0
+    for match in pattern.finditer(text) if pattern else ():
+        i, flags = tokens[match[0]]
+        start, end = match.span()
+        touched = LETTER.search(text[max(0, start - 1) : start]) or LETTER.match(text, end)
+        if touched and "single_word" in flags:
+            continue
+        if "lstrip" in flags:
+            start = max(at, BLANKS_BACKWARDS.match(text, 0, start).start())
+        if "rstrip" in flags:
+            end = BLANKS.match(text, end).end()
+        if start > at:
+            yield text[at:start], None
+        yield "", i
+        at = end
+    if at < len(text):
+        yield text[at:], None
 
 
 def _cut(pattern, text):

@@ -61,9 +61,8 @@ def sequence(*steps):
     (changed(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}),
      "normalizer Lowercase is not supported"),
     (changed(normalizer={"type": "Prepend", "prepend": "▁"}), "normalizer Prepend is not supported"),
-    (changed(token__lstrip=True), "added token '<s>': lstrip, rstrip and single_word are not supported"),
-    (changed(token__rstrip=True), "added token '<s>': lstrip"),
-    (changed(token__single_word=True), "added token '<s>': lstrip"),
+    (changed(added_tokens=[added(257, "<s>", rstrip=True), added(258, "\n\n")]),
+     r"added token '\n\n' begins or ends in a blank, which others swallow"),
     (changed(token__id=300), "added token '<s>' has id 300 and not 257"),  # Hugging Face would give it 257
     (changed(token__content="ab"), "added token 'ab' has id 257 and not 256"),
     (changed(token__content=""), "added token ''"),
@@ -155,3 +154,50 @@ def test_without_a_template_only_a_bare_prompt_can_be_encoded(tmp_path):
         ours.encode_prompt(messages_of([("system", "be"), ("user", "hi")]))
     with pytest.raises(InputError, match="this tokenizer has no chat template"):
         ours.apply_chat_template(messages_of([("user", "hi")]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens and vocabularies outside of tokenizer.json
+
+
+def decoder(**tokens):
+    """tokenizer_config.json's added_tokens_decoder of {name: id}."""
+    return {"added_tokens_decoder": {str(i): {"content": name, "special": True} for name, i in tokens.items()}}
+
+
+@pytest.mark.parametrize("files, says", [
+    ({"tokenizer_config.json": decoder(new=300)}, "added token 'new' has id 300 and not 257"),  # transformers would say 257
+    ({"tokenizer_config.json": decoder(new=256)}, "token 'new' is declared with id 256, which is '<s>'"),
+    ({"tokenizer_config.json": decoder(new=97)}, "token 'new' is declared with id 97, which is 'a' in"),
+    ({"added_tokens.json": {"<s>": 257}}, "token '<s>' is declared with id 257, which is None in tokenizer.json, where "
+                                          "it has 256"),
+    ({"added_tokens.json": {"new": 400}}, "added token 'new' has id 400 and not 257"),
+    ({"added_tokens.json": {"x": "257"}}, "added_tokens.json: 'x' has no whole number for an id"),
+    ({"tokenizer_config.json": {"added_tokens_decoder": {"257": "x"}}}, "added_tokens_decoder has 257: x"),
+    ({"tokenizer_config.json": {"added_tokens_decoder": {"y": {"content": "x"}}}}, "added_tokens_decoder has y"),
+])  # fmt: skip
+def test_a_token_declared_elsewhere_that_does_not_fit_is_named(tmp_path, files, says):
+    write_json(tmp_path / "tokenizer.json", spec(BYTES, tokens=[added(256, "<s>")]))
+    for name, content in files.items():
+        write_json(tmp_path / name, content)
+    with pytest.raises(InputError) as error:
+        tokenizer_file.load_tokenizer(tmp_path)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config, merges, says", [
+    ({}, "", "vocab.json is read only for a tokenizer_class of Qwen2Tokenizer"),
+    ({"tokenizer_class": "LlamaTokenizer"}, "", "not LlamaTokenizer; save the folder with transformers'"),
+    ({"tokenizer_class": "Qwen2Tokenizer"}, None, "merges.txt: no such file, and vocab.json needs it"),
+    ({"tokenizer_class": "Qwen2Tokenizer"}, b"\xff", "merges.txt: not UTF-8"),
+    ({"tokenizer_class": "Qwen2Tokenizer"}, "a b c", "the merge ('a', 'b', 'c') makes no token"),
+    ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, "", "pre-tokenizer {'type': 'ByteLevel'"),
+])  # fmt: skip
+def test_a_vocabulary_whose_class_is_not_known_is_refused(tmp_path, config, merges, says):
+    write_json(tmp_path / "vocab.json", {token: i for i, token in enumerate(BYTES)})
+    write_json(tmp_path / "tokenizer_config.json", config)
+    if merges is not None:
+        (tmp_path / "merges.txt").write_bytes(merges if isinstance(merges, bytes) else merges.encode())
+    with pytest.raises(InputError) as error:
+        tokenizer_file.load_tokenizer(tmp_path)
+    assert says in str(error.value) and "\n" not in str(error.value)

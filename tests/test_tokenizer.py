@@ -331,6 +331,26 @@ def test_of_overlapping_added_tokens_the_leftmost_longest_counts(tmp_path):
     assert ours.encode("<a>bc") == [257, 99] and ours.encode("<<a>") == [260, 97, 62] and ours.encode("ab!c")[0] == 97
 
 
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}])
+def test_added_tokens_swallow_blanks_and_shun_letters_as_they_say(tmp_path, normalizer):
+    """lstrip, rstrip and single_word, on tokens cut out before NFC and after, in every mixture."""
+    rng = random.Random(0)
+    names = ["<m>", "<e>", "word", "<<", "é!", "x y"]
+    for seed in range(12):
+        tokens = []
+        for i, name in enumerate(names, 256):
+            flags = {flag: rng.random() < 0.5 for flag in ("lstrip", "rstrip", "single_word", "normalized")}
+            tokens.append(added(i, name, **flags))
+        ours, theirs = both(tmp_path / str(seed), spec(BYTES, tokens=tokens, normalizer=normalizer))
+        pieces = [*names, *" \n\u3000\x1c\u200b\u200dx_7-\u0301", "  ", "e\u0301"]
+        assert_ids(ours, theirs, ["".join(rng.choice(pieces) for _ in range(9)) for _ in range(400)])
+
+
+def assert_ids(ours, theirs, texts):
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+
+
 def test_encode_ordinary_takes_added_tokens_as_text(tmp_path, real):
     ours, _ = real("smollm2")
     _, plain = both(tmp_path, read_json(ours.folder / "tokenizer.json") | {"added_tokens": []})
@@ -358,7 +378,56 @@ def test_named_tokens(tmp_path):
     write_json(tmp_path / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "<s>", "mask_token": None})
     ours = tokenizer_file.load_tokenizer(tmp_path)
     named = (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id, ours.mask_token_id)
-    assert named == (256, 257, None, None) and ours.vocab_size == 259 and ours.special_ids == {256, 257, 258}
+    # "[PAD]" has no id anywhere: transformers gives it the next one
+    assert named == (256, 257, 259, None) and ours.vocab_size == 260 and ours.special_ids == {256, 257, 258, 259}
+
+
+TOKEN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+
+
+@pytest.mark.parametrize("files", [
+    {"tokenizer_config.json": {"added_tokens_decoder": {"259": TOKEN | {"content": "<x>"},
+                                                        "258": TOKEN | {"content": "<y>", "special": False}}}},
+    {"added_tokens.json": {"<y>": 259, "<x>": 258}},
+    {"special_tokens_map.json": {"pad_token": "<x>", "additional_special_tokens": ["<y>"]}},
+    {"tokenizer_config.json": {"mask_token": "<x>", "pad_token": "<y>"}},
+    {"tokenizer_config.json": {"additional_special_tokens": ["<x>", "</s>", "<y>"]}},
+    {"tokenizer_config.json": {"added_tokens_decoder": {"256": TOKEN | {"content": "<s>", "lstrip": True}}}},
+    {"added_tokens.json": {"<y>": 258}, "tokenizer_config.json": {"pad_token": "<x>"}},
+])  # fmt: skip
+def test_tokens_declared_outside_tokenizer_json_have_the_ids_of_transformers(tmp_path, files):
+    write_json(tmp_path / "tokenizer.json", spec(BYTES, tokens=[added(256, "<s>"), added(257, "</s>")]))
+    for name, content in files.items():
+        write_json(tmp_path / name, content)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | files.get("tokenizer_config.json", {})
+    write_json(tmp_path / "tokenizer_config.json", config)
+    ours = tokenizer_file.load_tokenizer(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a<x>b", "<y> <s>", " <s>  </s>", "<x><y>", "plain"):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+    assert ours.vocab_size == len(theirs) and ours.pad_token_id == theirs.pad_token_id
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_folders_with_vocab_json_and_merges_txt_only(tmp_path, name):
+    """Qwen2.5-era folders; Dream's have the same files, and a class of their own that transformers does not know."""
+    ranks = dict(itertools.islice(qwen_ranks().items(), 3000))
+    merges = [" ".join(last_pair(token, ranks)) for token in ranks if len(token) > 1]
+    vocab = {spell(token): i for i, token in enumerate(ranks)}
+    config = {"tokenizer_class": name, "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    for i, token in enumerate(["<|endoftext|>", "<|im_start|>"], len(vocab)):
+        config.setdefault("added_tokens_decoder", {})[str(i)] = TOKEN | {"content": token}
+    write_json(tmp_path / "vocab.json", vocab)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    write_json(tmp_path / "tokenizer_config.json", config)
+    ours = tokenizer_file.load_tokenizer(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in hard_texts(600, list(ours.added)):
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+    assert ours.eos_token_id == theirs.eos_token_id == len(vocab)
+    write_json(tmp_path / "tokenizer_config.json", config | {"tokenizer_class": "DreamTokenizer"})
+    if name == "Qwen2Tokenizer":
+        assert tokenizer_file.load_tokenizer(tmp_path).hash == ours.hash
 
 
 def test_a_backslash_before_an_h_is_no_hexadecimal_digit(tmp_path):
