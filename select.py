@@ -43,7 +43,7 @@ else:
     from plumbing import selection
     from plumbing.config import InputError, command, require, whole_folder, write_json
     from plumbing.export import FORMATS, check_export, describe_labels, write_labels
-    from plumbing.runs import load_trajectory, run_folder, run_keys
+    from plumbing.runs import TEMPLATE, load_trajectory, run_folder, run_keys
     from plumbing.selection import bootstrap_bottleneck, paint, smoothed
 
 import inspect
@@ -319,6 +319,7 @@ def main(**given):
     stats = {**found, **curves, **tokens}
     origin = {"model": trained["model"], "sha256": train_set.sha256, "command": sys.argv}
     made = {**asdict(cfg), **found, **origin, "tokenizer_hash": tokenizer.hash}
+    made |= {key: train_set.meta.get(key) for key in TEMPLATE}
     with whole_folder(out) as aside:
         np.save(aside / "mask.npy", mask)
         write_json(aside / "stats.json", stats)

@@ -324,6 +324,8 @@ def load_data(folder, tokenizer):
     loaded = data.load(folder)
     if loaded.meta["tokenizer_hash"] != tokenizer.hash:
         raise InputError(f"{folder}: made with another tokenizer than the student's; run data.py again with its folder")
+    if loaded.meta.get("template_hash") not in (None, tokenizer.template_hash):
+        print(f"warning: {folder} was rendered by another chat template than the student's, which its checkpoints keep")
     return loaded
 
 

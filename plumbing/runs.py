@@ -21,6 +21,8 @@ import numpy as np
 from hf.families import local_folder, read_config
 from plumbing.config import InputError, read_json
 
+# meta.json's keys for what rendered a data set's text; a selection carries them along
+TEMPLATE = ("template_hash", "template_kwargs", "date")
 # A diffusion student trained on an autoregressive student's selection (or the reverse) inherits
 # only these keys: they describe the experiment. A learning rate that suits one kind of student
 # says nothing about the other.
@@ -225,8 +227,8 @@ def load_mask(folder, data, kind="keep"):
     data  the data.Data to train on
     kind  "keep", or, for diffusion students only, "force"
 
-    Raises InputError if the selection was made for other data, another tokenizer or the other
-    kind of student, if it is damaged, or if nothing is selected.
+    Raises InputError if the selection was made for other data, another tokenizer, under another
+    chat template or for the other kind of student, if it is damaged, or if nothing is selected.
     """
     folder = Path(folder)
     made = read_json(folder / "config.json")
@@ -238,6 +240,12 @@ def load_mask(folder, data, kind="keep"):
         raise InputError(
             f"{folder}: this selection was made with another tokenizer than {data.folder}"
         )
+    for key in TEMPLATE:
+        if made.get(key) != data.meta.get(key):
+            raise InputError(
+                f"{folder}: this selection was made under another chat template than {data.folder} "
+                f"({key} {made.get(key)!r} there, {data.meta.get(key)!r} here); run select.py again"
+            )
     if made.get("sha256") != data.sha256:
         raise InputError(
             f"{folder}: this selection was made for another data set than {data.folder}"

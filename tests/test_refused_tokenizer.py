@@ -166,7 +166,7 @@ def decoder(**tokens):
 
 
 @pytest.mark.parametrize("files, says", [
-    ({"tokenizer_config.json": decoder(new=300)}, "added token 'new' has id 300 and not 257"),  # transformers would say 257
+    ({"tokenizer_config.json": decoder(new=300)}, "added token 'new' has id 300 and not 257"),  # transformers: 257
     ({"tokenizer_config.json": decoder(new=256)}, "token 'new' is declared with id 256, which is '<s>'"),
     ({"tokenizer_config.json": decoder(new=97)}, "token 'new' is declared with id 97, which is 'a' in"),
     ({"added_tokens.json": {"<s>": 257}}, "token '<s>' is declared with id 257, which is None in tokenizer.json, where "

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from plumbing import runs
-from plumbing.config import InputError, write_json
+from plumbing.config import InputError, read_json, write_json
 
 
 class Examples:
@@ -33,6 +33,20 @@ def saved(tmp_path):
         return folder
 
     return save
+
+
+@pytest.mark.parametrize("key, value", [
+    ("template_hash", "another"), ("template_kwargs", {"enable_thinking": False}), ("date", "2026-11-25"),
+])  # fmt: skip
+def test_a_selection_made_under_another_chat_template_is_refused(saved, key, value):
+    folder = saved(weights(1, 0, 1).astype(bool))
+    made = read_json(folder / "config.json")
+    write_json(folder / "config.json", made | {key: value})
+    with pytest.raises(InputError, match=f"made under another chat template than data/traces .{key}"):
+        runs.load_mask(folder, Examples())
+    data_of_it = Examples()
+    data_of_it.meta = Examples.meta | {key: value}
+    assert runs.load_mask(folder, data_of_it).any()
 
 
 def weights(*values):
