@@ -2,21 +2,20 @@
 
     python own.py --model=M --data=data/traces --temperature=0 --out=own-greedy.jsonl
     python own.py --model=M --data=data/traces --samples=8 --correct=true --out=own-correct.jsonl
-    python data.py --source=own-greedy.jsonl --tokenizer=M --out=data/own-greedy
+    python data.py --source=own-greedy.jsonl --tokenizer=M --template=none --out=data/own-greedy
 
 If training on these gains as much as training on the teacher's traces, it is not the teacher that
 the student learns from: it becomes surer of what it knew. The first command needs nothing but the
-prompts; the second also needs answers to grade with (rejection sampling). They answer the prompts
-of a data folder, and the jsonl lines they write are that folder's with the responses replaced; any
-student will do, autoregressive or diffusion.
+prompts; the second also needs answers to grade with (rejection sampling).
 
-An answer that was cut off at --max_new_tokens is never kept: data.py would end it as if it had
-been complete. Next: data.py.
+They answer the prompts of a data folder. The lines they write hold the prompt as the student read
+it, chat template included, hence --template=none. Any student will do, autoregressive or diffusion.
+An answer that was cut off at --max_new_tokens is never kept: data.py would end it as if it had been
+complete. Next: data.py.
 """
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -34,7 +33,6 @@ from sample import Sampling
 class Config(Sampling):
     model: str = ""  # the student: a Hugging Face folder or hub id
     data: str = ""  # the problems: a folder made by data.py
-    source: str = ""  # the jsonl file that folder was made from; default: the one its meta.json names
     out: str = ""  # the jsonl file to write
     samples: int = 1  # answers per problem, of which one is kept
     correct: bool = False  # keep right answers only; a problem without one is left out
@@ -46,8 +44,8 @@ class Config(Sampling):
 def main(**given):
     """Answer the problems, keep one answer each, write the jsonl file -> its lines as dicts.
 
-    Raises InputError for missing keys, for a data folder of another tokenizer or another source,
-    and if no answer is left to keep.
+    Raises InputError for missing keys, for a data folder of another tokenizer, and if no answer is
+    left to keep.
     """
     cfg = Config(**given)
     for key in ("model", "data", "out"):
@@ -60,7 +58,7 @@ def main(**given):
     if tokenizer.hash != problems.meta["tokenizer_hash"]:
         message = f"{cfg.data}: made with another tokenizer than {cfg.model} has"
         raise InputError(f"{message}; run data.py with that folder")
-    asked = prompts(cfg, tokenizer, problems)
+    prompts = [prompt_text(tokenizer, problems, i) for i in range(len(problems))]
     student = load(folder, pick_device(cfg.device), getattr(torch, cfg.dtype))
     _, rows = evaluation.evaluate(
         student,
@@ -72,12 +70,10 @@ def main(**given):
     )
 
     lines = []
-    for example, messages in zip(problems.examples, asked, strict=True):
-        mine = [row for row in rows if row["id"] == example["id"]]
-        row = keep_one(mine, cfg)
+    for i, (example, prompt) in enumerate(zip(problems.examples, prompts, strict=True)):
+        row = keep_one(rows[i * cfg.samples : (i + 1) * cfg.samples], cfg)
         if row is not None:
-            reply = {"role": "assistant", "content": row["response"]}
-            line = {"id": example["id"], "messages": [*messages, reply]}
+            line = {"id": example["id"], "prompt": prompt, "response": row["response"]}
             lines.append({**line, "answer": example["answer"]})
     if not lines:
         kind = "right and complete" if cfg.correct else "complete"
@@ -103,26 +99,17 @@ def keep_one(rows, cfg):
     return fit[int(u * len(fit))]
 
 
-def prompts(cfg, tokenizer, problems):
-    """The messages of each problem's prompt, from the jsonl file that the data was made from.
+def prompt_text(tokenizer, problems, i):
+    """The prompt of problem i as text, special tokens included.
 
-    Raises InputError if that file has changed since, or is another one.
+    Raises InputError if the text does not lead back to the tokens.
     """
-    source = cfg.source or problems.meta["source"]
-    if not Path(source).is_file():
-        message = f"{source}: no such file, and {cfg.data} was made from it"
-        raise InputError(f"{message}; --source says where it is now")
-    found = {}
-    for _, name, messages, *_ in data.read_examples(source):
-        found[name] = messages
-    asked = []
-    for i, example in enumerate(problems.examples):
-        messages = found.get(str(example["id"]))
-        if messages is None or tokenizer.encode_prompt(messages) != problems.prompt(i).tolist():
-            message = f"{source}: {cfg.data} has another prompt as example {example['id']}"
-            raise InputError(f"{message}; --source must be the file it was made from")
-        asked.append(messages)
-    return asked
+    ids = problems.prompt(i).tolist()
+    text = tokenizer.decode(ids)
+    if tokenizer.encode_bare(text) != ids:
+        name = problems.examples[i]["id"]
+        raise InputError(f"{problems.folder}: example {name}: the text of its prompt has other tokens")
+    return text
 
 
 if __name__ == "__main__":
