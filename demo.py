@@ -1,47 +1,197 @@
-"""Imitation Shock and T3S on the toy world: every command of the pipeline, over three students.
+"""Imitation Shock and T3S on the toy world: every command of the pipeline, over several students.
 
     make demo                               # or: python demo.py
-    python demo.py --student=diffusion      # the same for masked-diffusion students, over tau: half an hour
+    python demo.py --world=facts            # a teacher who knows something, and all the controls
+    python demo.py --student=diffusion      # masked-diffusion students, over tau: half an hour
 
-It prints the commands as it goes (anyone can type them), then a table and runs/demo/demo.png. Accuracies are on
-problems that nobody was trained on, answers sampled at temperature 1. The students come with the repository, in
-students/; `python toy.py --seed=1 --pretrain=true --diffusion=true` makes the first two of them again. The diffusion
-students' tokens are chosen by the autoregressive student of the same world (paper, 3.3), and once by themselves.
+It prints each command, so that anyone can type them, then a table and runs/<demo>/demo.png.
+Accuracies are on problems that occur in no training file, answers sampled at temperature 1. The
+students come with the repository, in students/; toy.py with --pretrain=true makes each of them
+again, and --pretrain=true here those that are missing. The diffusion students' tokens are chosen
+by the autoregressive student of the same world (paper, 3.3), and once by themselves.
+
+Next: report.py.
 """
 
 import contextlib
 import io
+import math
 import shutil
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+import data
 import eval as evaluation
+import own
 import report
 import toy
 import train
-from plumbing.config import InputError, command, load_select, write_json
+from plumbing.config import InputError, command, load_select, require, write_json
 from plumbing.runs import records
 
 
 @dataclass
 class Config:
+    world: str = "slips"  # slips or facts: what the students are weak at (toy.py)
     student: str = "autoregressive"  # or diffusion
-    seeds: str = "1,2,3"  # students and worlds; each has its folder students/toy-<seed>
-    steps: int = 36  # optimizer steps of every run: equal budget
+    seeds: str = ""  # students and worlds; default 1,2,3, in the facts world 31,32,33
+    steps: int = 0  # optimizer steps of every run: equal budget; 0: 36, in the facts world 48
     lr: float = 4e-4  # constant; the batch is the whole training set
     record_every: int = 4  # steps between two recorded checkpoints
+    record_later: int = 0  # the same for all runs but the first of a student; 0: as record_every
+    unseen_problems: int = 300  # problems that accuracy is measured on
+    pretrain: bool = False  # pretrain the students that are not in students/, minutes each
+    own: bool = False  # also train on the student's own answers (the facts world always does)
 
 
+SEEDS = {"slips": "1,2,3", "facts": "31,32,33"}
+STEPS = {"slips": 36, "facts": 48}
 TAUS = (0.0, 0.01, 0.05, 0.2)  # of the diffusion student's force sets
+
+# What is trained on which tokens: row of the table -> keys of select.py. In the facts world the
+# controls keep as many tokens as the row that they are to be compared with, t3s-2.5.
+SELECTIONS = {
+    "slips": {
+        "t3s": dict(rule="t3s"),
+        "inverse": dict(rule="inverse"),
+        "random": dict(rule="random"),
+    },
+    "facts": {
+        "t3s": dict(rule="t3s"),
+        "t3s-2.5": dict(rule="t3s", tau=2.5),
+        "static_low": dict(rule="static_low", tau=2.5),
+        "random": dict(rule="random", tau=2.5),
+    },
+}
+# ... and the controls without a teacher: row of the table -> keys of own.py
+OWN_ANSWERS = {
+    "own-greedy": dict(temperature=0.0),
+    "own-correct": dict(samples=8, correct=True),
+}
+
+
+def main(**given):
+    """Run everything, print the table -> its rows, as in runs/<demo>/table.json.
+
+    A row is {"name", "final", "lowest"}: accuracies on unseen problems, one per student, after the
+    last step and the lowest of all recorded ones.
+    """
+    cfg = Config(**given)
+    started = time.time()
+    seeds = check(cfg)
+    is_ar = cfg.student == "autoregressive"
+    home = "demo" if is_ar else "demo-diffusion"
+    home += "-facts" if cfg.world == "facts" else ""
+    shutil.rmtree(f"runs/{home}", ignore_errors=True)
+    table = {}  # {row: {"final", "lowest": an accuracy per seed}}
+    for seed in seeds:
+        cycle = ar_cycle if is_ar else diffusion_cycle
+        cycle(cfg, f"{home}/{seed}", seed, table)
+        rows = [{"name": name, **row} for name, row in table.items()]
+        # after every student, so that a long demo that is stopped leaves what it has
+        write_json(f"runs/{home}/table.json", {"rows": rows})
+    shown = {"slips": ("sft", "t3s"), "facts": ("sft", "t3s", "t3s-2.5")}[cfg.world]
+    shown = shown if is_ar else ("sft", "t3s-0.0", "t3s-0.01")
+    names = {name: [f"{home}/{seed}/{name}" for seed in seeds] for name in shown}
+    if not cfg.record_later:  # curves of equal length
+        report.figure(names, names["sft"], f"runs/{home}/demo.png")
+    first = ",".join(runs[0] for runs in names.values())
+    run(report.main, "report.py", run=first, selection="t3s" if is_ar else "self-0.01")
+    show(rows, seeds)
+    print(f"\nthe picture: runs/{home}/demo.png; "
+          f"token by token: runs/{home}/{seeds[0]}/sft/report.html "
+          f"({time.time() - started:.0f} s in all)")
+    return rows
+
+
+def check(cfg):
+    """Fill in the defaults that depend on the world -> the seeds. Raises InputError."""
+    require(
+        cfg,
+        student=("autoregressive", "diffusion"),
+        world=tuple(toy.WORLDS),
+        steps=(0, None),
+        record_every=(1, None),
+        record_later=(0, None),
+        unseen_problems=(1, None),
+    )
+    cfg.seeds = cfg.seeds or SEEDS[cfg.world]
+    cfg.steps = cfg.steps or STEPS[cfg.world]
+    seeds = cfg.seeds.split(",")
+    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
+        message = "must be different whole numbers separated by commas, like 1,2,3"
+        raise InputError(f"--seeds={cfg.seeds}: {message}")
+    return seeds
+
+
+# --------------------------------------------------------------------------------------------------
+# One student
+
+
+def ar_cycle(cfg, home, seed, table):
+    """Base, SFT, T3S and the controls for one autoregressive student; adds to `table`."""
+    student, same = world(cfg, seed)
+    later = dict(record_every=cfg.record_later or cfg.record_every)
+    sft = trained(f"{home}/sft", model=student, **same)
+    note(table, "base", sft[:1])
+    if cfg.world == "facts":
+        note(table, "base-greedy", [evaluated(student, same, temperature=0.0)])
+    note(table, "sft", sft)
+    for name, keys in SELECTIONS[cfg.world].items():
+        folder, output = select(run=f"{home}/sft", seed=int(seed), **named(name, keys))
+        if name == "t3s":
+            print(output, end="")
+        keys = later if cfg.record_later else {}  # all that is not given is inherited from pass 1
+        note(table, name, trained(f"{home}/{name}", selection=str(folder), **keys))
+    if cfg.world == "slips":
+        folder, _ = select(run=f"{home}/sft", rule="rrt")
+        note(table, "rrt", [evaluated(folder, same)])
+    if cfg.own or cfg.world == "facts":
+        for name, keys in OWN_ANSWERS.items():
+            answers = own_answers(student, same, name, **keys)
+            keys = {**same, **later, "data": answers}
+            note(table, name, trained(f"{home}/{name}", model=student, **keys))
+
+
+def diffusion_cycle(cfg, home, seed, table):
+    """The same for a diffusion student: force sets over tau by the autoregressive selector, and one
+    by itself."""
+    selector, same = world(cfg, seed)
+    student = selector.replace(f"-{seed}", f"-diffusion-{seed}")
+    trained(f"{home}/selector", model=selector, **same)
+    sft = trained(f"{home}/sft", model=student, **same)
+    note(table, "base", sft[:1])
+    note(table, "sft", sft)
+    chosen = {f"t3s-{tau}": ("selector", dict(rule="t3s", tau=tau)) for tau in TAUS}
+    for rule in ("random", "inverse"):
+        chosen[f"{rule}-0.01"] = ("selector", dict(rule=rule, tau=0.01))
+    chosen["self-0.01"] = ("sft", dict(rule="t3s", tau=0.01))
+    for name, (source, keys) in chosen.items():
+        common = dict(kind="force", seed=int(seed), show=0, name=name)
+        folder, output = select(run=f"{home}/{source}", **common, **keys)
+        print(output.splitlines()[-1])
+        pass_2 = dict(selection=str(folder), model=student, **same)
+        note(table, name, trained(f"{home}/{name}", **pass_2))
+
+
+def named(name, keys):
+    """The keys of a selection whose folder bears the row's name."""
+    return keys if name == keys["rule"] else dict(keys, name=name)
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
 
 
 def run(main, file, **keys):
-    """Say what is run as the command that it is, run it, and keep its output for who wants it -> (result, output)."""
-    print(f"$ python {file} " + " ".join(f"--{key}={value}" for key, value in keys.items()), flush=True)
+    """Print the command, run it, capture its output -> (result, output)."""
+    words = [f"--{key}={value}" for key, value in keys.items()]
+    print(f"$ python {file} {' '.join(words)}", flush=True)
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
@@ -51,72 +201,31 @@ def run(main, file, **keys):
         raise
 
 
-def main(**given):
-    cfg, started = Config(**given), time.time()
-    if cfg.student not in ("autoregressive", "diffusion"):
-        raise InputError(f"--student={cfg.student}: must be autoregressive or diffusion")
-    ar, seeds = cfg.student == "autoregressive", cfg.seeds.split(",")
-    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds={cfg.seeds}: must be different whole numbers separated by commas, like 1,2,3")
-    home, shown = ("demo", ("sft", "t3s")) if ar else ("demo-diffusion", ("sft", "t3s-0.0", "t3s-0.01"))
-    shutil.rmtree(f"runs/{home}", ignore_errors=True)
-    table = {}  # {row: {"final", "lowest": an accuracy per seed}}
-    for seed in seeds:
-        (cycle if ar else diffusion_cycle)(cfg, f"{home}/{seed}", seed, table)
-    names = {name: [f"{home}/{seed}/{name}" for seed in seeds] for name in shown}
-    report.figure(names, names["sft"], f"runs/{home}/demo.png")
-    run(report.main, "report.py", run=",".join(runs[0] for runs in names.values()),
-        selection="t3s" if ar else "self-0.01")  # fmt: skip
-    rows = [{"name": name, **row} for name, row in table.items()]
-    write_json(f"runs/{home}/table.json", {"rows": rows})
-    show(rows, seeds)
-    print(f"\nthe picture: runs/{home}/demo.png; token by token: runs/{home}/{seeds[0]}/sft/report.html "
-          f"({time.time() - started:.0f} s in all)")  # fmt: skip
-
-
-def cycle(cfg, home, seed, table):
-    """Base, SFT, T3S and the controls for one student; adds to `table`."""
-    same = world(cfg, seed)
-    sft = trained(f"{home}/sft", model=f"students/toy-{seed}", **same)
-    note(table, "base", sft[:1])
-    note(table, "sft", sft)
-    for rule in ("t3s", "inverse", "random"):
-        folder, output = run(load_select().main, "select.py", run=f"{home}/sft", rule=rule, seed=int(seed))
-        if rule == "t3s":
-            print(output, end="")
-        note(table, rule, trained(f"{home}/{rule}", selection=str(folder)))
-    folder, _ = run(load_select().main, "select.py", run=f"{home}/sft", rule="rrt")
-    results, _ = run(evaluation.main, "eval.py", model=str(folder), data=same["eval_data"], max_new_tokens=60,
-                     seed=int(seed))  # fmt: skip
-    [(summary, _)] = results.values()
-    note(table, "rrt", [summary["accuracy"]])
-
-
-def diffusion_cycle(cfg, home, seed, table):
-    """The same for a diffusion student: force sets over tau by the autoregressive selector, and one by itself."""
-    same = world(cfg, seed)
-    student = dict(model=f"students/toy-diffusion-{seed}", **same)
-    trained(f"{home}/selector", model=f"students/toy-{seed}", **same)
-    sft = trained(f"{home}/sft", **student)
-    note(table, "base", sft[:1])
-    note(table, "sft", sft)
-    chosen = [(f"t3s-{tau}", f"{home}/selector", dict(rule="t3s", tau=tau)) for tau in TAUS]
-    chosen += [(f"{rule}-0.01", f"{home}/selector", dict(rule=rule, tau=0.01)) for rule in ("random", "inverse")]
-    chosen += [("self-0.01", f"{home}/sft", dict(rule="t3s", tau=0.01))]
-    for name, selector, keys in chosen:
-        folder, output = run(load_select().main, "select.py", run=selector, kind="force", seed=int(seed), show=0,
-                             name=name, **keys)  # fmt: skip
-        print(output.splitlines()[-1])
-        note(table, name, trained(f"{home}/{name}", selection=str(folder), **student))
-
-
 def world(cfg, seed):
-    """Write the world of a seed -> what all its runs have in common."""
-    out = f"data/toy-{seed}"
-    run(toy.main, "toy.py", seed=int(seed), out=out)
-    return dict(data=f"{out}/teacher", eval_data=f"{out}/unseen", steps=cfg.steps, batch_size=0, micro_batch_size=100,
-                lr=cfg.lr, schedule="constant", record_every=cfg.record_every, max_new_tokens=60,
-                seed=int(seed))  # fmt: skip
+    """Write the world of a seed -> its student, and the keys that all its runs have in common."""
+    name = f"{toy.WORLDS[cfg.world].name}-{seed}"
+    student = f"students/{name}"
+    keys = dict(seed=int(seed), out=f"data/{name}")
+    if cfg.world != "slips":
+        keys["world"] = cfg.world
+    if cfg.unseen_problems != Config.unseen_problems:
+        keys["unseen_problems"] = cfg.unseen_problems
+    if cfg.pretrain and not Path(student).is_dir():
+        keys["pretrain"] = True
+    run(toy.main, "toy.py", **keys)
+    same = dict(
+        data=f"data/{name}/teacher",
+        eval_data=f"data/{name}/unseen",
+        steps=cfg.steps,
+        batch_size=0,
+        micro_batch_size=100,
+        lr=cfg.lr,
+        schedule="constant",
+        record_every=cfg.record_every,
+        max_new_tokens=60,
+        seed=int(seed),
+    )
+    return student, same
 
 
 def trained(name, **keys):
@@ -125,7 +234,38 @@ def trained(name, **keys):
     return records(name)["eval_accuracy"]
 
 
+def select(**keys):
+    """-> (folder of the selection, what select.py printed)"""
+    return run(load_select().main, "select.py", **keys)
+
+
+def evaluated(model, same, **keys):
+    """The accuracy of a model folder on the unseen problems."""
+    sampling = dict(max_new_tokens=same["max_new_tokens"], seed=same["seed"], **keys)
+    results, _ = run(
+        evaluation.main, "eval.py", model=str(model), data=same["eval_data"], **sampling
+    )
+    [(summary, _)] = results.values()
+    return summary["accuracy"]
+
+
+def own_answers(student, same, name, **keys):
+    """Let the student answer the teacher's problems -> the data folder of its answers."""
+    folder = str(Path(same["data"]).with_name(name))
+    sampling = dict(max_new_tokens=same["max_new_tokens"], seed=same["seed"], **keys)
+    file = f"{folder}.jsonl"
+    run(own.main, "own.py", model=student, data=same["data"], out=file, **sampling)
+    rendered = dict(template="none", verifier="toy")
+    run(data.main, "data.py", source=file, tokenizer=student, out=folder, **rendered)
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+
+
 def note(table, name, accuracies):
+    """Add a student's accuracies to a row, and print them."""
     row = table.setdefault(name, {"final": [], "lowest": []})
     row["final"].append(float(accuracies[-1]))
     row["lowest"].append(float(min(accuracies)))
@@ -133,14 +273,41 @@ def note(table, name, accuracies):
 
 
 def show(rows, seeds):
+    """Print the rows: mean and standard deviation over students, and each row against SFT."""
     print(f"\naccuracy on unseen problems, mean ± standard deviation over {len(seeds)} students")
     print(f"{'':12}{'final':>15}{'lowest recorded':>18}")
     for row in rows:
-        spread = {key: np.std(row[key], ddof=min(1, len(seeds) - 1)) for key in ("final", "lowest")}
-        cells = [f"{np.mean(row[key]):.2f} ± {spread[key]:.2f}" for key in spread]
+        cells = []
+        for key in ("final", "lowest"):
+            spread = np.std(row[key], ddof=min(1, len(seeds) - 1))
+            cells.append(f"{np.mean(row[key]):.2f} ± {spread:.2f}")
         print(f"{row['name']:12}{cells[0]:>15}{cells[1]:>18}")
+    final = {row["name"]: row["final"] for row in rows}
+    if len(seeds) > 1 and {"base", "sft"} <= final.keys():
+        print("\ndifference of the final accuracies, the same students, with a 95 % interval")
+        print(f"{'':12}{'to SFT':>18}{'to the base':>18}")
+        for name in final:
+            cells = [difference(final[name], final[other]) for other in ("sft", "base")]
+            print(f"{name:12}{cells[0]:>18}{cells[1]:>18}")
+
+
+# 97.5 % points of Student's t with 1, 2, ... degrees of freedom; beyond, a close approximation
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+
+
+def difference(accuracies, others):
+    """Mean difference over students and its 95 % interval, as text.
+
+    Students are few, so it is Student's t: the interval of three is wide, as it should be.
+    """
+    differences = np.subtract(accuracies, others)
+    n = len(differences)
+    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.4 / (n - 1)
+    interval = t * differences.std(ddof=1) / math.sqrt(n)
+    return f"{differences.mean():+.3f} ± {interval:.3f}"
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # these matrices are too small for more
+    # these matrices are too small for more threads
+    torch.set_num_threads(min(2, torch.get_num_threads()))
     command(main, Config)
