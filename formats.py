@@ -29,9 +29,10 @@ CONVERSATION = ("messages", "conversations", "conversation")
 # what data sets call the question, the teacher's thoughts, the response, the answer to compare with
 PROMPT = ("prompt", "instruction", "question", "problem", "query", "input")
 THOUGHTS = (
-    "reasoning_content", "reasoning", "thinking", "thoughts", "thought", "reasoning_text", "thinking_trajectory",
-    "thinking_trajectories", "deepseek_thinking_trajectory", "gemini_thinking_trajectory", "deepseek_reasoning",
-    "model_reasoning", "complex_cot", "chain_of_thought", "rationale", "cot",
+    "reasoning_content", "reasoning", "thinking", "thoughts", "thought", "think", "reasoning_text",
+    "thinking_trajectory", "thinking_trajectories", "deepseek_thinking_trajectory", "gemini_thinking_trajectory",
+    "deepseek_reasoning",
+    "model_reasoning", "complex_cot", "chain_of_thought", "cot_content", "rationale", "cot",
 )  # fmt: skip
 RESPONSE = (
     "response", "completion", "output", "generated_solution", "model_answer", "llm_response", "generation",
@@ -280,7 +281,7 @@ def add_thoughts(row, chosen, turn):
 
 
 def add_system_and_history(row, messages):
-    """The columns system (or system_prompt) and history (LLaMA-Factory's earlier turns) go in front."""
+    """The columns system (or system_prompt) and history (LLaMA-Factory's earlier turns) go in front of the messages."""
     for name in row.find(["history"]):
         pairs = row.take(name, list)
         turns = []
@@ -290,6 +291,8 @@ def add_system_and_history(row, messages):
             turns.append({"role": "user", "content": pair[0]})
             turns.append({"role": "assistant", "content": pair[1]})
         messages[:0] = turns
+    for name in row.find(["prev_messages"]):  # GeneralThought's
+        messages[:0] = read_messages(row, name)
     for name in row.find(SYSTEM):
         text = row.take(name, str)
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
@@ -302,6 +305,8 @@ def add_system_and_history(row, messages):
 def read_answer(row, chosen, is_gsm8k):
     """What the verifier compares with, a text, or None."""
     name = chosen.get("answer") or only(row, "answer", ANSWER)
+    if name in row.read and not is_gsm8k and "answer" not in chosen:
+        return None  # it has been read as the response
     if name is None:
         for solution in row.find(["solution", "ground_truth_solution"]):
             if solution not in row.read and isinstance(row.columns[solution], str | int | float):

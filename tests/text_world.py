@@ -50,6 +50,7 @@ def both(folder, made, **config):
 # Chat templates: those of the families, in our words
 
 QWEN3 = """
+{%- if tools %}{{- '<|im_start|>system\\nTools: ' + tools | tojson + '<|im_end|>\\n' }}{% endif %}
 {%- set ns = namespace(last=-1) %}
 {%- for m in messages %}
     {%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
@@ -58,9 +59,14 @@ QWEN3 = """
     {%- if m.role == 'assistant' %}
         {%- set answer = m.content.split('</think>')[-1].lstrip('\\n') %}
         {%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in m.content %}
+        {%- if m.reasoning_content %}{% set thought = m.reasoning_content.strip('\\n') %}{% endif %}
         {{- '<|im_start|>assistant\\n' }}
         {%- if loop.index0 > ns.last %}{{- '<think>\\n' ~ thought ~ '\\n</think>\\n\\n' }}{%- endif %}
-        {{- answer + '<|im_end|>\\n' }}
+        {{- answer }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '\\n<tool_call>\\n' + call.function | tojson + '\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
     {%- else %}
         {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
     {%- endif %}
