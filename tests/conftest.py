@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from twins import copy, twin  # noqa: F401 (fixtures)
 from worlds import make_world
 
 from plumbing.config import write_json
