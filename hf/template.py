@@ -19,7 +19,7 @@ from plumbing.config import InputError, read_json
 
 OPENS = re.compile(r"<think>\s*$")  # a prompt after which the student is thinking
 CLOSES = re.compile(r"</think>\s*$")  # one after which it must not think
-NO_THOUGHTS = re.compile(r"\s*(<think>\s*</think>\s*)?")  # what Qwen3's template writes before an answer without any
+NO_THOUGHTS = re.compile(r"\s*(<think>\s*)?(</think>\s*)?")  # what Qwen3's template writes before an answer without any
 TAG = re.compile(r"</?[a-z_]+>")
 
 
@@ -131,7 +131,8 @@ def cut(tokenizer, messages, turn, variables=None, tags=False):
     messages   [{"role", "content", ...}, ...], the turns before
     turn       {"role": "assistant", "content", ...}, the one to learn
     variables  what the template gets besides
-    tags       write thoughts that the template leaves out as <think>...</think> in front of the answer
+    tags       write thoughts that the template leaves out as <think>...</think> in front of the answer, and do not
+               repeat a <think> that the prompt ends in
 
     A turn that is only content is the response verbatim: templates tidy up answers, and take out thoughts. One that
     holds more (reasoning_content, tool_calls) is what the template writes for it. Raises InputError where the template
@@ -165,6 +166,8 @@ def cut(tokenizer, messages, turn, variables=None, tags=False):
         missing = [key for key in turn if key != "role" and not all_occur(turn[key], response)]
         if missing:
             response = with_tags(turn, prompt, missing, tags)
+    if tags and OPENS.search(prompt):
+        response = re.sub(r"^\s*<think>\n?", "", response)  # the prompt has it already
     check_thinking(prompt, response)
     return prompt, response
 
@@ -318,7 +321,8 @@ def check_thinking(prompt, response):
     opens = "<think>" in before
     if OPENS.search(prompt):
         if opens:
-            raise InputError("the chat template has opened <think> already; take it off the response")
+            raise InputError("the chat template has opened <think> already; take it off the response, or say "
+                             "--thoughts=tags, which does")
         if not closes:
             raise InputError("the chat template has opened <think>, and the response never closes it: give it "
                              "thoughts and a </think>, or let the template open none (--template_kwargs)")
