@@ -1,16 +1,18 @@
-"""Pictures of a cycle: what accuracy, loss and every token's confidence did, from the files in the run folders.
+"""The pictures of a cycle: what accuracy, loss and every token's confidence did, in one page.
 
-    python report.py --run=sft,t3s        # -> runs/sft/report.html and runs/sft/report.png
+    python report.py --run=sft,t3s                       # runs/sft/report.html and .png
+    python report.py --run=sft --selection=t3s,random    # two selections side by side
 
-The first run is pass 1: its trajectory and its selection are shown token by token. One HTML file without scripts or
-outside references, to be opened, mailed or projected. Next: diffusion.py.
+The first run is pass 1: its trajectory and its selections are shown token by token. The page is one
+HTML file that asks the network for nothing: open it, mail it, project it. Its code is
+plumbing/page.html, its numbers are packed here. Next: hf/tokenizer.py.
 """
 
 import base64
-import html
-import io
+import codecs
 import itertools
-import math
+import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,74 +25,141 @@ import numpy as np
 import data
 from hf.families import local_folder
 from hf.tokenizer import load_tokenizer
-from plumbing.config import InputError, command, load_select, read_json, whole_file
+from plumbing.config import InputError, command, load_select, read_json, require, whole_file
 from plumbing.runs import load_mask, load_trajectory, records, run_folder, run_keys
 
 
 @dataclass
 class Config:
-    run: str = ""  # runs to show, separated by commas; the first one is pass 1, whose trajectory is shown
-    selection: str = "t3s"  # which of its selections: runs/<run>/selection/<selection>
+    run: str = ""  # runs to show, separated by commas; the first one is pass 1
+    selection: str = "t3s"  # of pass 1: runs/<run>/selection/<selection>; two are side by side
     out: str = ""  # the HTML file, with a PNG beside it; default runs/<first run>/report.html
-    examples: int = 20  # how many of the examples are shown token by token
+    examples: int = 200  # how many of the examples are shown token by token
 
 
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the colour-blind too
+# told apart by the colour-blind too (Okabe and Ito)
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+PAGE = Path(__file__).parent / "plumbing" / "page.html"
+MOST_BYTES = 19_000_000  # of a page: it is to be mailed
+LOWEST, HIGHEST = 1e-3, 50.0  # nats: what is drawn on the logarithmic scale of delta
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Curves
 
 
-
-
 def bifurcation(run, selection=None):
-    """Mean confidence of anchors and of yet-to-learn tokens at each recorded checkpoint, relative to step 0.
+    """Mean confidence of anchors and of yet-to-learn tokens, relative to step 0.
 
-    -> steps (n,), anchors (n,), yet-to-learn (n,), nats; the bottleneck's step. Anchors are the tokens with delta > 0.
-    selection: the folder whose bottleneck counts; without one the lowest train accuracy decides.
+    selection  the folder whose bottleneck counts; without one the lowest train accuracy decides
+    -> recorded steps, anchors, yet-to-learn (a list of nats each), the bottleneck's step
+
+    Anchors are the tokens with delta > 0.
     """
     select = load_select()
     trajectory = load_trajectory(run)
     if selection is not None:
         low = read_json(selection / "config.json")["bottleneck_step"]
     else:
-        low = select.find_bottleneck({step: float(t["accuracy"]) for step, t in trajectory.items()})
+        accuracy = {step: float(t["accuracy"]) for step, t in trajectory.items()}
+        low = select.find_bottleneck(accuracy)
     start = trajectory[0]["logprob"]
-    delta = trajectory[low]["logprob"] - start  # nan at prompts, and comparisons with nan are false
-    change = {step: t["logprob"] - start for step, t in trajectory.items()}
-    return (list(change), [float(c[delta > 0].mean()) for c in change.values()],
-            [float(c[delta < 0].mean()) for c in change.values()], low)  # fmt: skip
+    delta = trajectory[low]["logprob"] - start  # nan at prompts, where no comparison is true
+    anchors = []
+    yet_to_learn = []
+    for recorded in trajectory.values():
+        change = recorded["logprob"] - start
+        anchors.append(float(change[delta > 0].mean()))
+        yet_to_learn.append(float(change[delta < 0].mean()))
+    return list(trajectory), anchors, yet_to_learn, low
+
+
+def curves(run):
+    """What a run recorded, with 95 % intervals: {steps, accuracy, nll, problems}.
+
+    accuracy and nll are lists of (value, low, high). Wilson's interval over the problems for an
+    accuracy; for the loss, the spread between examples, as a ratio of sums. accuracy is None for
+    data without answers.
+    """
+    curve = records(run)
+    keys = run_keys(run_folder(run))
+    unseen = "eval_accuracy" in curve
+    shown = curve.get("eval_accuracy", curve.get("accuracy"))
+    problems = len(data.load(keys["eval_data"] if unseen else keys["data"]))
+    accuracy = None
+    if shown is not None:
+        accuracy = [(float(p), *wilson(float(p), problems)) for p in shown]
+    spread = loss_spread(run, keys["data"])
+    nll = []
+    for step, value in zip(curve["step"], curve["nll"], strict=True):
+        half = spread.get(int(step), 0.0)
+        nll.append((float(value), float(value) - half, float(value) + half))
+    steps = [int(step) for step in curve["step"]]
+    lists = {"steps": steps, "accuracy": accuracy, "nll": nll}
+    return {**lists, "problems": "unseen" if unseen else "train"}
+
+
+def loss_spread(run, folder):
+    """{step: half a 95 % interval of the mean NLL}, from how much examples differ."""
+    train_set = data.load(folder)
+    found = {}
+    for step, recorded in load_trajectory(run).items():
+        if str(recorded["sha256"]) != train_set.sha256:
+            continue
+        logprob = recorded["logprob"]
+        sums = np.array([-logprob[a:b].sum(dtype=np.float64) for _, a, b in train_set.spans])
+        sizes = train_set.spans[:, 2] - train_set.spans[:, 1]
+        rest = sums - sums.sum() / sizes.sum() * sizes  # what an example has above its share
+        n = len(rest)
+        error = np.sqrt((rest**2).sum() * n / max(1, n - 1)) / sizes.sum()
+        found[step] = float(1.96 * error)
+    return found
+
+
+def wilson(p, n, z=1.959964):
+    """Wilson's 95 % interval of a share p of n: it has a width at 0 and at 1 too -> (low, high)."""
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def histogram(delta, picked, bins=25):
+    """How delta is distributed, on a logarithmic scale either side of 0.
+
+    delta, picked  (n,) of the response tokens
+    -> edges (nats; the bin around 0 in the middle), tokens in each bin, and how many are picked
+    """
+    above = np.geomspace(LOWEST, HIGHEST, bins)
+    edges = np.r_[-above[::-1], above]
+    within = np.clip(delta, -HIGHEST, HIGHEST)
+    counts = np.histogram(within, edges)[0]
+    chosen = np.histogram(within[picked > 0], edges)[0]
+    return {"edges": edges.tolist(), "tokens": counts.tolist(), "picked": chosen.tolist()}
+
+
+# -------------------------------------------------------------------------------------------------
+# The PNG
 
 
 def figure(groups, first, path, selection=None):
     """Draw accuracy, loss and bifurcation as a PNG.
 
-    groups  {name: [runs]}: a curve each; of several runs (seeds) the mean, and a band from the lowest to the highest
-    first   [runs] of pass 1, for the bifurcation
+    groups     {name: [runs]}: a curve each; several runs (seeds) give a mean and a band from the
+               lowest to the highest
+    first      [runs] of pass 1, for the bifurcation
+    selection  the folder whose bottleneck is marked; its curves and deltas are a second row
     """
-    fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
-    both = [bifurcation(run, selection) for run in first]
-    for (name, runs), colour in zip(groups.items(), itertools.cycle(COLOURS), strict=False):
-        curves = [records(run) for run in runs]
-        steps = curves[0]["step"]
-        shown = "eval_accuracy" if "eval_accuracy" in curves[0] else "accuracy"
-        for axis, key in ((axes[0], shown), (axes[1], "nll")):
-            if key in curves[0]:
-                band(axis, steps, np.stack([curve[key] for curve in curves]), colour, name)
-    problems = "unseen" if shown == "eval_accuracy" else "train"
-    axes[0].set(title=f"accuracy on {problems} problems", xlabel="step", ylim=(0, 1))
-    axes[1].set(title="loss: NLL of all the teacher's tokens", xlabel="step", ylabel="nats", ylim=(0, None))
-    steps = both[0][0]
-    for index, name, colour in ((1, "anchors (rose)", COLOURS[3]), (2, "yet-to-learn (fell)", COLOURS[2])):
-        band(axes[2], steps, np.stack([b[index] for b in both]), colour, name)
-    axes[2].axhline(0, color="grey", linewidth=0.8)
-    axes[2].set(title="confidence in pass 1, relative to step 0", xlabel="step", ylabel="nats")
-    axes[2].set_yscale("symlog", linthresh=0.01)  # yet-to-learn tokens fall little, anchors rise a lot
-    for axis in axes:
-        for i, step in enumerate(sorted({b[3] for b in both})):
-            label = None if i else "bottleneck of pass 1"
-            axis.axvline(step, color="grey", linewidth=0.8, linestyle=":", label=label)
+    rows = 1 if selection is None else 2
+    size = (13, 3.8 * rows)
+    fig, axes = plt.subplots(rows, 3, figsize=size, constrained_layout=True, squeeze=False)
+    lows = draw_runs(axes[0], groups, first, selection)
+    if selection is not None:
+        draw_selection(axes[1], read_json(selection / "stats.json"))
+    for axis in axes.flat:
+        if axis in axes[0]:
+            for i, step in enumerate(lows):
+                label = None if i else "bottleneck of pass 1"
+                axis.axvline(step, color="grey", linewidth=0.8, linestyle=":", label=label)
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     with whole_file(path) as aside:
@@ -98,118 +167,222 @@ def figure(groups, first, path, selection=None):
     plt.close(fig)
 
 
+def draw_runs(axes, groups, first, selection):
+    """The first row -> the bottleneck's step of each run of pass 1."""
+    colours = itertools.cycle(COLOURS)
+    for (name, runs), colour in zip(groups.items(), colours, strict=False):
+        recorded = [records(run) for run in runs]
+        steps = recorded[0]["step"]
+        shown = "eval_accuracy" if "eval_accuracy" in recorded[0] else "accuracy"
+        for axis, key in ((axes[0], shown), (axes[1], "nll")):
+            if key in recorded[0]:
+                band(axis, steps, np.stack([curve[key] for curve in recorded]), colour, name)
+    problems = "unseen" if shown == "eval_accuracy" else "train"
+    axes[0].set(title=f"accuracy on {problems} problems", xlabel="step", ylim=(0, 1))
+    axes[1].set(title="loss: NLL of all the teacher's tokens", xlabel="step")
+    axes[1].set(ylabel="nats", ylim=(0, None))
+
+    both = [bifurcation(run, selection) for run in first]
+    names = ((1, "anchors (rose)", COLOURS[3]), (2, "yet-to-learn (fell)", COLOURS[2]))
+    for index, name, colour in names:
+        band(axes[2], both[0][0], np.stack([b[index] for b in both]), colour, name)
+    axes[2].axhline(0, color="grey", linewidth=0.8)
+    axes[2].set(title="confidence in pass 1, relative to step 0", xlabel="step", ylabel="nats")
+    axes[2].set_yscale("symlog", linthresh=0.01)  # yet-to-learn fall little, anchors rise a lot
+    return sorted({b[3] for b in both})
+
+
+def draw_selection(axes, stats):
+    """The second row: both curves that a bottleneck is read from, and what tau would select."""
+    for axis, key, name in (
+        (axes[0], "accuracy", "train accuracy"),
+        (axes[1], "label_free", "label-free curve D, nats"),
+    ):
+        points = {int(step): value for step, value in stats.get(key, {}).items()}
+        if points and None not in points.values():
+            band(axis, list(points), np.array([list(points.values())]), COLOURS[1], name)
+        found = stats.get(f"{key}_bottleneck")
+        if found is not None:
+            axis.axvline(found, color="grey", linestyle="--", label=f"its bottleneck: {found}")
+        axis.set(title=f"{name} in pass 1", xlabel="step")
+    taus = [row["tau"] for row in stats["tau_sweep"]]
+    for key, colour in (("anchors", COLOURS[3]), ("yet_to_learn", COLOURS[2])):
+        share = np.array([[row[key] for row in stats["tau_sweep"]]])
+        band(axes[2], taus, share, colour, key.replace("_", "-"))
+    axes[2].set(title="share of tokens beyond tau", xlabel="tau, nats", ylim=(0, 1))
+    axes[2].set_xscale("symlog", linthresh=0.01)
+    axes[2].set_xlim(0, None)
+
+
 def band(axis, x, values, colour, label):
-    """values (runs, len(x))."""
+    """values (runs, len(x)): their mean, and from the lowest to the highest."""
     axis.plot(x, values.mean(0), color=colour, label=label, marker=".", markersize=4)
     if len(values) > 1:
-        axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        low, high = values.min(0), values.max(0)
+        axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The token view
-
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%}table{border-collapse:collapse}
-td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
-pre{white-space:pre-wrap;font:14px/1.7 ui-monospace,monospace;border-left:3px solid #ddd;padding-left:.8em}
-.q{color:#777}.side{display:flex;flex-wrap:wrap;gap:0 4em}.keep{text-decoration:line-through}
-.force{text-decoration:underline 2px}"""
+# -------------------------------------------------------------------------------------------------
+# The tokens, packed: one number per token and recorded step
 
 
-def colour_of(delta):
-    """Blue where confidence rose, red where it fell; white at 0, full at 2 nats."""
-    depth = round(200 * min(1.0, abs(delta) / 2) ** 0.5)
-    return f"rgb({255 - depth},{255 - depth // 2},255)" if delta > 0 else f"rgb(255,{255 - depth},{255 - depth})"
+def pack(array):
+    """An array as text that a page can hold: base64 of zlib."""
+    return base64.b64encode(zlib.compress(array.tobytes(), 6)).decode()
 
 
-def token_view(train_set, tokenizer, trajectory, low, mask, kind, i):
-    """Example i as HTML: every response token on its colour; marked what the mask takes from the loss, or forces."""
-    a, b, c = train_set.spans[i]
-    start, bottom = trajectory[0]["logprob"], trajectory[low]["logprob"]
-    pieces = [f'<span class="q">{html.escape(tokenizer.decode(train_set.prompt(i)))}</span>']
-    for t in range(b, c):
-        delta = float(bottom[t] - start[t])
-        name = html.escape(tokenizer.decode([train_set.tokens[t]]))
-        hint = f"p {math.exp(start[t]):.3f} at step 0, {math.exp(bottom[t]):.3f} at step {low}; delta {delta:+.3f}"
-        mark = f' class="{kind}"' if mask[t] == (kind == "force") else ""
-        pieces.append(f'<span{mark} style="background:{colour_of(delta)}" title="{hint}">{name}</span>')
-    return f"<h3>example {html.escape(str(train_set.examples[i]['id']))}</h3><pre>{''.join(pieces)}</pre>"
+def quantise(values, bits):
+    """nats -> int16 or int8 on a logarithmic scale, exact at 0; page.html reverses it.
+
+    16 bits keep four digits, 8 bits about one and a half: enough for a colour.
+    """
+    most = 2 ** (bits - 1) - 1
+    scale = np.log1p(np.minimum(np.abs(values), HIGHEST) / LOWEST) / np.log1p(HIGHEST / LOWEST)
+    return (np.sign(values) * np.rint(scale * most)).astype(f"<i{bits // 8}")
 
 
-def token_table(title, tokens):
-    cells = "".join(f"<tr><td><code>{html.escape(repr(t['token']))}</code></td><td>{t['count']}</td>"
-                    f"<td>{t['seen']}</td><td>{t['mean_delta']:+.3f}</td></tr>" for t in tokens)  # fmt: skip
-    return (f"<div><h2>{title}</h2><table><tr><th>token</th><th>times</th><th>of</th>"
-            f"<th>mean delta of all</th></tr>{cells}</table></div>")  # fmt: skip
+def token_texts(tokenizer, ids):
+    """One text per token. A character cut over several tokens belongs to the last of them."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return [decoder.decode(tokenizer.bytes_of.get(int(i), b"\xef\xbf\xbd")) for i in ids]
 
 
-def accuracy_table(runs):
-    """Accuracy and loss of each run at step 0, at its lowest accuracy and at the end."""
-    rows = []
-    for run in runs:
-        curve = records(run)
-        accuracy = curve.get("eval_accuracy", curve.get("accuracy"))
-        if accuracy is None:  # data without answers
-            continue
-        lowest = int(accuracy.argmin())
-        cells = "".join(f"<td>{accuracy[i]:.1%}</td><td>{curve['nll'][i]:.3f}</td>" for i in (0, lowest, -1))
-        rows.append(f"<tr><td>{html.escape(run)}</td>{cells}<td>{curve['step'][lowest]:.0f}</td></tr>")
-    head = "".join(f"<th>{when}</th><th>loss</th>" for when in ("at step 0", "at its lowest", "at the end"))
-    return f"<table><tr><th>accuracy</th>{head}<th>lowest at step</th></tr>{''.join(rows)}</table>" if rows else ""
+def pack_tokens(train_set, tokenizer, trajectory, masks, shown, low, most_cells=16_000_000):
+    """Everything of the token view: see `unpack` in page.html.
+
+    masks  {name: (n_tokens,) bool or float32}; shown: how many examples; low: the bottleneck
+    More cells (tokens x steps) than most_cells: 8 bits instead of 16, then fewer steps.
+    """
+    spans = train_set.spans[:shown]
+    places = np.concatenate([np.arange(a, b) for _, a, b in spans])
+    steps = list(trajectory)
+    bits = 16 if len(places) * len(steps) * 2 <= most_cells else 8
+    steps = thinned(steps, max(3, most_cells * 8 // bits // len(places)), low)
+    texts = []
+    for i in range(len(spans)):
+        texts += token_texts(tokenizer, train_set.response(i))
+    pieces, which = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    start = trajectory[0]["logprob"][places]
+    deltas = [trajectory[step]["logprob"][places] - start for step in steps]
+    return {
+        "bits": bits,
+        "steps": steps,
+        "dropped_steps": len(trajectory) - len(steps),
+        "lowest": LOWEST,
+        "highest": HIGHEST,
+        "pieces": pieces.tolist(),
+        "which": pack(which.astype("<u4")),
+        "start": pack(quantise(start, 16)),
+        "delta": [pack(quantise(delta, bits)) for delta in deltas],
+        "picked": {name: pack(mask[places].astype("<f4")) for name, mask in masks.items()},
+        "examples": [
+            {
+                "id": str(train_set.examples[i]["id"]),
+                "prompt": tokenizer.decode(train_set.prompt(i)),
+                "tokens": int(span[2] - span[1]),
+            }
+            for i, span in enumerate(spans)
+        ],
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def thinned(steps, most, low):
+    """At most `most` of the steps, evenly; the first, the last and `low` are among them."""
+    if len(steps) <= most:
+        return steps
+    places = np.linspace(0, len(steps) - 1, most - 1).round().astype(int)
+    return sorted({low, *(steps[i] for i in places)})
+
+
+# -------------------------------------------------------------------------------------------------
 # The command
 
 
 def main(**given):
     """Write the report -> its path. Raises InputError for a run without trajectory or selection."""
     cfg = Config(**given)
+    require(cfg, examples=(1, None))
     runs = [run for run in cfg.run.split(",") if run]
     if not runs:
         raise InputError("--run is missing (--help lists the keys)")
-    home, *_ = map(run_folder, runs)
-    selection = home / "selection" / cfg.selection
-    if not (selection / "mask.npy").exists():
-        raise InputError(f"{selection}: no such selection; run select.py --run={runs[0]} first, or name --selection=")
+    home = [run_folder(run) for run in runs][0]
+    names = [name for name in cfg.selection.split(",") if name]
+    selections = {name: find_selection(home, name, runs[0]) for name in names[:2]}
+    if not selections or len(names) > 2:
+        raise InputError(f"--selection={cfg.selection}: name one selection, or two: t3s,random")
     out = Path(cfg.out or home / "report.html")
     png = out.with_suffix(".png")
     if png == out:
         raise InputError(f"--out={out}: names the HTML file; the PNG goes beside it")
-    trained, chosen = run_keys(home), read_json(selection / "config.json")
-    stats, low, kind = read_json(selection / "stats.json"), chosen["bottleneck_step"], chosen["kind"]
-    train_set = data.load(trained["data"])
-    mask = load_mask(selection, train_set, kind)
-    tokenizer = load_tokenizer(local_folder(trained["model"]))
-    trajectory = {step: {"logprob": t["logprob"]} for step, t in load_trajectory(runs[0]).items()
-                  if step in (0, low) and str(t["sha256"]) == train_set.sha256}  # fmt: skip
-    if not {0, low} <= trajectory.keys():
-        raise InputError(f"{home / 'trajectory'}: steps 0 and {low} of {trained['data']} are not both there; "
-                         f"run select.py --run={runs[0]} again")  # fmt: skip
 
-    figure({run: [run] for run in runs}, runs[:1], png, selection)
-    image = base64.b64encode(png.read_bytes()).decode()
-    what, mark = {"keep": ("stay in the loss", "Struck through: left out of the loss"),
-                  "force": ("are always masked", "Underlined: always masked")}[kind]  # fmt: skip
-    page = io.StringIO()
-    page.write(f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(runs[0])}</title>"
-               f"<style>{STYLE}</style><h1>T3S: {html.escape(', '.join(runs))}</h1>"
-               f"<p>Bottleneck at step {low}. Of {stats['response_tokens']:,} response tokens {stats['share']:.1%} "
-               f"{what} (rule {html.escape(chosen['rule'])}, tau {chosen['tau']:g}).</p>"
-               f'<img alt="accuracy, loss and confidence per step" src="data:image/png;base64,{image}">'
-               f"{accuracy_table(runs)}<p>Delta: a token's log-probability at step {low} less that at step 0, in nats. "
-               f"Anchors rose by more than {chosen['tau']:g}, yet-to-learn tokens fell by more than that.</p>"
-               f"<div class=side>"
-               f"{token_table('Most frequent anchors', stats['anchor_tokens'])}"
-               f"{token_table('Most frequent yet-to-learn tokens', stats['yet_to_learn_tokens'])}</div>"
-               f"<h2>Token by token</h2><p>Blue: confidence rose from step 0 to step {low}; red: it fell. {mark}. "
-               f"Hover for the numbers.</p>")  # fmt: skip
-    for i in range(min(cfg.examples, len(train_set))):
-        page.write(token_view(train_set, tokenizer, trajectory, low, mask, kind, i))
+    trained = run_keys(home)
+    train_set = data.load(trained["data"])
+    tokenizer = load_tokenizer(local_folder(trained["model"]))
+    made = {name: read_json(folder / "config.json") for name, folder in selections.items()}
+    masks = {name: load_mask(selections[name], train_set, made[name]["kind"]) for name in made}
+    low = made[names[0]]["bottleneck_step"]
+    trajectory = own_steps(runs[0], train_set, low, home)
+    content = summary(runs, selections, made, train_set, trajectory, masks)
+    figure({run: [run] for run in runs}, runs[:1], png, selections[names[0]])
     with whole_file(out) as aside:
-        aside.write_text(page.getvalue(), encoding="utf-8")
-    print(f"{out} and {png}")
+        cells = 16_000_000
+        while True:
+            tokens = pack_tokens(train_set, tokenizer, trajectory, masks, cfg.examples, low, cells)
+            page = fill_page({**content, "tokens": tokens})
+            if len(page) <= MOST_BYTES or len(tokens["steps"]) <= 3:
+                break
+            cells = cells * 2 // 3
+        aside.write_bytes(page)
+    print(f"{out} ({len(page) / 1e6:.1f} MB) and {png}")
     return out
+
+
+def find_selection(home, name, run):
+    folder = home / "selection" / name
+    if not (folder / "mask.npy").exists():
+        raise InputError(
+            f"{folder}: no such selection; run select.py --run={run} first, or name --selection="
+        )
+    return folder
+
+
+def own_steps(run, train_set, low, home):
+    """The recorded steps that are about train_set. Raises InputError if 0 or `low` is not there."""
+    recorded = load_trajectory(run)
+    found = {s: t for s, t in recorded.items() if str(t["sha256"]) == train_set.sha256}
+    if not {0, low} <= found.keys():
+        raise InputError(
+            f"{home / 'trajectory'}: steps 0 and {low} of {train_set.folder} are not both there; "
+            f"run select.py --run={run} again"
+        )
+    return found
+
+
+def summary(runs, selections, made, train_set, trajectory, masks):
+    """What the page says above the tokens."""
+    name = next(iter(selections))
+    stats = read_json(selections[name] / "stats.json")
+    response = train_set.response_mask()
+    low = made[name]["bottleneck_step"]
+    change = trajectory[low]["logprob"][response] - trajectory[0]["logprob"][response]
+    steps, anchors, yet_to_learn, _ = bifurcation(runs[0], selections[name])
+    keys = ("rule", "kind", "tau", "bottleneck_step")
+    return {
+        "runs": {run: curves(run) for run in runs},
+        "bottleneck": low,
+        "selections": {n: {key: made[n].get(key) for key in keys} for n in selections},
+        "stats": stats,
+        "bifurcation": {"steps": steps, "anchors": anchors, "yet_to_learn": yet_to_learn},
+        "histogram": histogram(change, masks[name][response]),
+    }
+
+
+def fill_page(content):
+    """The page with its numbers in it, as bytes. They are base64: no text of theirs can be HTML."""
+    text = json.dumps(content, ensure_ascii=False).encode()
+    packed = base64.b64encode(zlib.compress(text, 6))
+    template = PAGE.read_bytes()
+    return template.replace(b"@@CONTENT@@", packed)
 
 
 if __name__ == "__main__":

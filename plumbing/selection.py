@@ -167,7 +167,8 @@ def tau_sweep(delta):
 def report(cfg, stats, out):
     """Print which bottleneck, how many tokens, which ones. cfg: select.py's Config."""
     print_curve("train accuracy", stats["accuracy"], stats["bottleneck_bootstrap"])
-    print_curve("label-free curve", stats["label_free"], stats["label_free_bootstrap"])
+    label_free = stats["label_free"], stats["label_free_bootstrap"]
+    print_curve("label-free curve D (nats)", *label_free, form=".4f")
     found = {key: stats[f"{key}_bottleneck"] for key in ("accuracy", "label_free")}
     by = f"by {cfg.bottleneck}" if cfg.bottleneck in found else "as asked for"
     names = {key: "none" if step is None else f"step {step}" for key, step in found.items()}
@@ -188,12 +189,12 @@ def report(cfg, stats, out):
     )
 
 
-def print_curve(name, values, bootstrap):
+def print_curve(name, values, bootstrap, form=".3f"):
     """One line: the values, and where the lowest lies when the examples are resampled."""
     if bootstrap is None:
         print(f"{name}: no accuracy was recorded (the data has no answers)")
         return
-    shown = ", ".join(f"{value:.3f} (step {step})" for step, value in values.items())
+    shown = ", ".join(f"{value:{form}} (step {step})" for step, value in values.items())
     likeliest = sorted(bootstrap.items(), key=lambda item: -item[1])[:3]
     certain = ", ".join(f"{share:.0%} (step {step})" for step, share in likeliest)
     print(f"{name}: {shown}; among resampled examples the lowest in {certain}")
