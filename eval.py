@@ -19,14 +19,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data import load as load_data
 from hf.families import local_folder
 from hf.tokenizer import load_tokenizer
 from model import load
 from plumbing.config import InputError, command, whole_file, write_json
-from plumbing.parallel import gather, in_step, pick_device, rank, world_size
+from plumbing.parallel import gather, in_step, pick_device, pick_dtype, rank, world_size
 from plumbing.runs import find_checkpoint, run_folder, run_keys
 from sample import Sampling, sample
 from verify import THOUGHTS, VERIFIERS, judge, opens_thoughts, unmatchable
@@ -43,7 +42,7 @@ class Config(Sampling):
     batch_size: int = 64  # answers written at the same time; changes memory and speed, not the answers
     verifier: str = ""  # how answers are read (data.py --help lists the ways); default: as the data says
     device: str = ""  # cpu, cuda, ...; default: cuda if there is one
-    dtype: str = "float32"  # float32 or bfloat16
+    dtype: str = ""  # float32 or bfloat16; default: bfloat16 on a GPU, float32 elsewhere
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,6 +230,7 @@ def main(**given):
     settings |= {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
     show_settings(cfg, settings, problems, len(indices))
     device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
     for _, folder, _ in jobs:  # check all models before the first one writes
         if load_tokenizer(folder).hash != problems.meta["tokenizer_hash"]:
             message = f"{cfg.data}: made with another tokenizer than {folder} has"
@@ -241,7 +241,7 @@ def main(**given):
     passed = f"pass@{cfg.samples:<3}"
     print(f"{'':{width}}  accuracy         {passed} truncated  unparsed   tokens  seconds")
     for name, folder, out in jobs:
-        student = load(folder, device, getattr(torch, cfg.dtype))
+        student = load(folder, device, dtype)
         started = time.time()
         _, rows = evaluate(
             student,
@@ -280,8 +280,6 @@ def resolve(given):
     cfg = Config(**{**inherited, **given})
     if not cfg.data:
         raise InputError("--data is missing: a folder made by data.py (--help lists the keys)")
-    if cfg.dtype not in ("float32", "bfloat16"):
-        raise InputError(f"--dtype={cfg.dtype}: must be float32 or bfloat16")
     if cfg.verifier and cfg.verifier not in VERIFIERS:
         raise InputError(f"--verifier={cfg.verifier}: must be one of {', '.join(VERIFIERS)}")
 

@@ -383,7 +383,11 @@ class Body(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # as in the public code, the embedding of padding is not trained (that of LLaDA-8B is)
+        pad = config.pad_token_id
+        is_trained = pad is None or config.model_type == "llada" or not 0 <= pad < config.vocab_size
+        padding = None if is_trained else pad
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -13,6 +13,7 @@ Shapes: B rows, T tokens of a row, V vocabulary, b rows whose answer is unfinish
 asked about. Next: verify.py.
 """
 
+import functools
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -23,9 +24,9 @@ from data import uniforms
 from diffusion import check_model
 from hf.families import local_folder, read_config
 from hf.tokenizer import load_tokenizer
-from model import Cache, load
+from model import Cache, attention_mask, load
 from plumbing.config import InputError, above, command, require
-from plumbing.parallel import pick_device
+from plumbing.parallel import pick_device, pick_dtype, rank
 
 
 @dataclass
@@ -40,21 +41,22 @@ class Sampling:
     block_length: int = 0  # tokens written together; 0: LLaDA2's own, LLaDA min(32, max_new_tokens)
     denoising_steps: int = 0  # forward passes for max_new_tokens; 0: as many as tokens
     threshold: float = 0.0  # write all whose probability exceeds this; 0: LLaDA2 0.95, LLaDA none
-    remasking: str = "low_confidence"  # which tokens stay masked for a later pass: low_confidence or random
+    remasking: str = "low_confidence"  # what is written first: low_confidence: the surest tokens; random; left_to_right
     cfg_scale: float = 0.0  # classifier-free guidance, LLaDA only
-    eos_rule: str = "free"  # end-of-text: free, last (after all others of its block) or never
+    eos_rule: str = "free"  # free, last (ends after all others of their block), never (no end-of-text; end-of-turn may)
     edit_threshold: float = -1.0  # LLaDA2.1: replace a token when another's probability exceeds this
 
 
 @dataclass
 class Config(Sampling):
     model: str = ""  # the student: a Hugging Face folder or hub id
-    prompt: str = ""  # what it is asked
+    prompt: str = ""  # what it is asked; with mask words in it: a text whose gaps a masked-diffusion student fills
+    mask_word: str = "░"  # each stands for one token to be filled in
     chat: bool = False  # ask again and again; every turn sees those before it
     temperature: float = 0.0  # 0: greedy, always the likeliest token
     max_new_tokens: int = 128  # length limit of an answer
     device: str = ""  # cpu, cuda, ...; default: cuda if there is one
-    dtype: str = "float32"  # float32 or bfloat16
+    dtype: str = ""  # float32 or bfloat16; default: bfloat16 on a GPU, float32 elsewhere
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,6 +174,8 @@ def write_left_to_right(model, prompts, sampling, *, example_ids, eos_ids, vocab
 
     heard: called with every new token's row and id, while the answer is being written.
     """
+    if not prompts:
+        return []
     device = next(model.parameters()).device
     n = sampling.max_new_tokens
     u = np.stack([uniforms(sampling.seed, name, n) for name in example_ids])
@@ -254,8 +258,8 @@ class Decoding(Sampling):
 MAX_POST_STEPS = 16  # passes in which a block without masks may still be edited (LLaDA2.1)
 
 
-def resolve_decoding(config, prompts, sampling, eos_ids=None, vocab_size=None):
-    """A Sampling -> a complete Decoding.
+def resolve_decoding(config, prompts, sampling, eos_ids=None, vocab_size=None, answer=True):
+    """A Sampling -> a complete Decoding. answer False: only masks in the prompts are filled.
 
     Raises InputError: a value out of range, a prompt that is empty, has an id outside the
     vocabulary or leaves no room in the model's context, a block length that does not divide, fewer
@@ -274,12 +278,12 @@ def resolve_decoding(config, prompts, sampling, eos_ids=None, vocab_size=None):
         threshold=(0, 1),
         denoising_steps=(0, None),
         cfg_scale=(0, None),
-        remasking=("low_confidence", "random"),
+        remasking=("low_confidence", "random", "left_to_right"),
         eos_rule=("free", "last", "never"),
         edit_threshold=(None, 1),
     )
     check_together(config, rule)
-    check_room(config, prompts, rule.max_new_tokens)
+    check_room(config, prompts, rule.max_new_tokens if answer else 0)
 
     eos_ids = config.eos_token_ids if eos_ids is None else eos_ids
     rule.eos_ids = [i for i in eos_ids if i is not None]
@@ -304,15 +308,16 @@ def check_together(config, rule):
     """Raise InputError for keys that exclude each other, or that this kind of model does not have."""
     is_block_model = config.attention == "block"
     if is_block_model and rule.block_length != config.block_length:
-        raise InputError(
-            f"--block_length={rule.block_length}: this model was trained for {config.block_length}"
-        )
+        warn(f"--block_length={rule.block_length}, but this model was trained for {config.block_length}")
     if is_block_model and rule.cfg_scale:
         raise InputError(f"--cfg_scale={rule.cfg_scale}: only for LLaDA, not for block models")
-    if rule.remasking == "random" and rule.threshold:
-        raise InputError(
-            "--threshold and --remasking=random exclude each other: a random order has no confidence"
-        )
+    if rule.remasking != "low_confidence":
+        for key, off in (("threshold", 0), ("eos_rule", "free" if rule.eos_rule == "last" else rule.eos_rule)):
+            if getattr(rule, key) != off:
+                raise InputError(
+                    f"--{key}={getattr(rule, key)} and --remasking={rule.remasking} exclude each other: "
+                    "in that order confidence plays no part"
+                )
     if not is_block_model and rule.max_new_tokens % rule.block_length:
         raise InputError(
             f"--block_length={rule.block_length} does not divide --max_new_tokens={rule.max_new_tokens}"
@@ -330,10 +335,31 @@ def check_room(config, prompts, max_new_tokens):
             )
 
 
+def end_of_text(config, eos_ids):
+    """Which of the ids that end an answer is end-of-text, and not the end of a turn -> a list.
+
+    It is the one with which LLaDA's and LLaDA2's answers are padded. An answer must still be able
+    to end when end-of-text is forbidden (LLaDA's logits_eos_inf), by its end-of-turn.
+    """
+    if config.pad_token_id in eos_ids:
+        return [config.pad_token_id]
+    own = [i for i in config.eos_token_ids if i in eos_ids]
+    return [min(own)] if own else list(eos_ids)
+
+
+@functools.cache
+def warn(text):
+    """Say once, and not on standard output, that something asked for is unusual."""
+    if rank() == 0:
+        print(f"warning: {text}", file=sys.stderr)
+
+
 def write_in_blocks(
     model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None, use_cache=True
 ):
     """One batch of answers, lists of ids. Arguments as in `sample`."""
+    if not prompts:
+        return []
     eos_ids = model.config.eos_token_ids if eos_ids is None else eos_ids
     steps = generate(
         model,
@@ -351,11 +377,73 @@ def write_in_blocks(
     ]
 
 
+def fill_gaps(model, texts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None):
+    """Infilling: texts (lists of ids) with masks in them -> the same texts, the masks filled.
+
+    Arguments as in `sample`; sampling.max_new_tokens has no effect, nothing is written behind a text.
+    """
+    ids = None
+    keys = {"example_ids": example_ids, "eos_ids": eos_ids, "vocab_size": vocab_size}
+    for canvas, _ in generate(model, texts, sampling, answer=False, **keys):
+        ids = canvas
+    if ids is None:  # no masks at all
+        return [list(text) for text in texts]
+    return [row[: len(text)] for row, text in zip(ids.tolist(), texts, strict=True)]
+
+
+@dataclass
+class Canvas:
+    """Prompts and the masks in and behind them."""
+
+    ids: torch.Tensor  # (B, T) int64
+    holes: torch.Tensor  # (B, T) bool: masks at the start, which are to be filled
+    lengths: torch.Tensor  # (B,) tokens of each prompt
+    starts: torch.Tensor  # (B,) where the first block with a hole begins
+    ends: torch.Tensor  # (B,) where the row ends; nothing sees what lies behind
+
+
+def lay_canvas(config, prompts, rule, device, answer=True):
+    """Prompts (lists of ids) -> Canvas, with masks behind each if there is to be an answer.
+
+    LLaDA's blocks are counted from the first mask on, LLaDA2's from position 0, so that the first
+    one may begin inside the prompt; its last block is always whole.
+    """
+    block = rule.block_length
+    room = rule.max_new_tokens if answer else 0
+    sizes = [len(prompt) for prompt in prompts]
+    first = [list(p).index(config.mask_token_id) if config.mask_token_id in p else len(p) for p in prompts]
+    lengths = torch.tensor(sizes, device=device)
+    starts = torch.tensor(first, device=device)
+    ends = lengths + room
+    if config.attention == "block":
+        starts = starts // block * block
+        ends = -(-ends // block) * block
+    blocks = -(-(ends - starts) // block)
+    T = int((starts + blocks * block).max())
+
+    behind = config.mask_token_id
+    if not answer:  # a block that reaches behind its text is padded with end-of-text, as in training
+        behind = min(end_of_text(config, rule.eos_ids), default=0)
+    ids = torch.full((len(prompts), T), behind, device=device)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    within = torch.arange(T, device=device) < ends[:, None]
+    return Canvas(ids, (ids == config.mask_token_id) & within, lengths, starts, ends)
+
+
 @torch.no_grad()
 def generate(
-    model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None, use_cache=True
+    model,
+    prompts,
+    sampling,
+    *,
+    example_ids=None,
+    eos_ids=None,
+    vocab_size=None,
+    use_cache=True,
+    answer=True,
 ):
-    """Fill a canvas of masks behind each prompt (a list of ids); yields after every forward pass
+    """Fill the masks in each prompt (a list of ids) and a canvas of masks behind it; yields after every forward pass
 
         canvas (B, T) int64: prompt, answer so far, masks up to the longest row
         new    (B, T) bool: written in this pass
@@ -364,7 +452,7 @@ def generate(
     the whole canvas and proposes a token for every mask of the block; those with the highest
     confidence stay, by a fixed schedule or, with a threshold, all that exceed it (Fast-dLLM).
     LLaDA2: the blocks are those of the model, counted from position 0; a pass reads the block and a
-    cache of those before it. Arguments as in `sample`.
+    cache of those before it. Arguments as in `sample`; answer False: only the prompts' own masks.
 
     Confidence is the probability of the proposed token in the softmax of the raw logits, over the
     whole vocabulary, as in LLaDA's code. (LLaDA2's own takes, at temperatures above 0, that after
@@ -376,87 +464,89 @@ def generate(
     """
     config = model.config
     device = next(model.parameters()).device
-    rule = resolve_decoding(config, prompts, sampling, eos_ids, vocab_size)
+    rule = resolve_decoding(config, prompts, sampling, eos_ids, vocab_size, answer)
+    if not prompts:
+        return
     example_ids = list(range(len(prompts)) if example_ids is None else example_ids)
     block = rule.block_length
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    # a block model counts blocks from position 0, so its first one may begin inside the prompt
-    starts = lengths // block * block if config.attention == "block" else lengths  # (B,)
-    blocks = -(-(lengths + rule.max_new_tokens - starts) // block)
-    ends = starts + blocks * block  # (B,)
-    canvas = torch.full((len(prompts), int(ends.max())), config.mask_token_id, device=device)
-    for row, prompt in zip(canvas, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
+    canvas = lay_canvas(config, prompts, rule, device, answer)
 
     cache = None
     if use_cache and config.attention == "block":
-        cache = Cache(config, len(prompts), canvas.shape[1])
-        if starts.max() > 0:
+        cache = Cache(config, len(prompts), canvas.ids.shape[1])
+        if canvas.starts.max() > 0:
             # behind a shorter prompt this writes masks, overwritten before anything sees them
-            model(canvas[:, : starts.max()], cache=cache, logits_at=torch.zeros_like(lengths))
-    rows = torch.arange(len(prompts), device=device)  # whose answers are not finished
+            before = canvas.ids[:, : canvas.starts.max()]
+            at = torch.arange(before.shape[1], device=device)[None]
+            sight = block_sight(config, at, block)
+            model(before, cache=cache, attention=sight, logits_at=torch.zeros_like(canvas.lengths))
+    rows = (canvas.starts < canvas.ends).nonzero().squeeze(1)  # which are not finished
+    if cache is not None and len(rows) < len(prompts):
+        cache.keep_rows(rows)
     number = 0  # which block of theirs
     while len(rows):
-        first = starts[rows] + number * block  # (b,)
+        first = canvas.starts[rows] + number * block  # (b,)
         span = first[:, None] + torch.arange(block, device=device)  # (b, block)
         noise_keys = [(f"{rule.seed} {number}", example_ids[row]) for row in rows.tolist()]
-        for written in denoise(model, canvas, rows, span, lengths, ends, rule, noise_keys, cache):
-            new = torch.zeros_like(canvas, dtype=torch.bool)
+        for written in denoise(model, canvas, rows, span, rule, noise_keys, cache):
+            new = torch.zeros_like(canvas.holes)
             new[rows[:, None], span] = written
-            yield canvas.clone(), new
-        ids = canvas[rows[:, None], span]
-        is_answer = span >= lengths[rows, None]
+            yield canvas.ids.clone(), new
+        ids = canvas.ids[rows[:, None], span]
+        is_answer = span >= canvas.lengths[rows, None]
         ended = is_in(ids, rule.eos_ids) & is_answer
-        left = ~ended.any(1) & (span[:, -1] + 1 < ends[rows])
+        left = ~ended.any(1) & (span[:, -1] + 1 < canvas.ends[rows])
         if cache is not None and left.any():
             if not left.all():
                 cache.keep_rows(left)
             # keys and values made while there were masks are not those of the text: once more
             at_first = torch.zeros_like(rows[left])
-            model(ids[left], positions=span[left], cache=cache, logits_at=at_first)
+            sight = block_sight(config, span[left], block)
+            model(ids[left], positions=span[left], cache=cache, attention=sight, logits_at=at_first)
         rows = rows[left]
         number += 1
 
 
-def denoise(model, canvas, rows, span, lengths, ends, rule, noise_keys, cache):
+def denoise(model, canvas, rows, span, rule, noise_keys, cache):
     """Fill one block of the rows in place; yields what was written after every forward pass, (b, block) bool.
 
     rows (b,) of the canvas and span (b, block): where their block lies. With an edit threshold,
     written tokens are replaced as well, also for some passes after the last mask is gone
     (LLaDA2.1), until nothing changes.
     """
-    answer = span >= lengths[rows, None]  # the first block may begin in the prompt
+    answer = canvas.holes[rows[:, None], span]  # (b, block): what may be written at all
     editing = rule.edit_threshold >= 0
     # a row has settled when a pass without masks changed nothing; post: passes without masks
     settled = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     post = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     for step in range(len(rule.schedule) + MAX_POST_STEPS * editing):
-        ids = canvas[rows[:, None], span]  # (b, block)
+        ids = canvas.ids[rows[:, None], span]  # (b, block)
         masked = answer & (ids == model.config.mask_token_id)
         unfinished = masked.any(1)
         if editing:
             post += ~unfinished
-            unfinished |= ~settled & (post <= MAX_POST_STEPS)
+            unfinished |= ~settled & (post <= MAX_POST_STEPS) & answer.any(1)
         if not unfinished.any():
             return
         asked = (answer if editing else masked) & unfinished[:, None]
-        logits = predict(model, canvas, rows, span, lengths, ends, rule.cfg_scale, cache)
+        logits = predict(model, canvas, rows, span, rule, cache)  # (b, block, V)
         u = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
         if rule.temperature or rule.remasking == "random":  # else nothing is drawn
             u, shuffled = draws(noise_keys, step, span)  # (b, block) each
         token, sure = propose(logits[asked], u[asked], rule, model.config)  # (N,) each
         tokens = ids.masked_scatter(asked, token)
-        p = torch.zeros_like(u).masked_scatter(asked, sure)  # (b, block)
-        order = shuffled if rule.remasking == "random" else p
-        if rule.eos_rule == "last":
-            order = order - is_in(tokens, rule.eos_ids).double()
+        order = p = torch.zeros_like(u).masked_scatter(asked, sure)  # (b, block)
+        if rule.remasking == "random":
+            order = shuffled
+        elif rule.remasking == "left_to_right":
+            order = -span.double()
         count = rule.schedule[min(step, len(rule.schedule) - 1)]
         written = commit(order, masked, count, rule.threshold)
         if editing:
             edited = asked & ~masked & (tokens != ids) & (p > rule.edit_threshold)
             settled = ~masked.any(1) & ~edited.any(1)
             written |= edited
-        canvas[rows[:, None], span] = torch.where(written, tokens, ids)
+        canvas.ids[rows[:, None], span] = torch.where(written, tokens, ids)
         yield written
 
 
@@ -467,35 +557,55 @@ def draws(noise_keys, step, span):
     return torch.from_numpy(u).to(span.device).chunk(2, dim=1)
 
 
-def predict(model, canvas, rows, span, lengths, ends, cfg_scale, cache):
+def predict(model, canvas, rows, span, rule, cache):
     """Logits at the positions `span` of the rows, (b, block, V)."""
+    config = model.config
     if cache is not None:
-        return model(canvas[rows[:, None], span], positions=span, cache=cache)
-    if model.config.attention == "block":
-        return model(canvas[rows, : span.max() + 1], logits_at=span)
-    ids = canvas[rows]
-    at = torch.arange(canvas.shape[1], device=rows.device)
-    seen = (at < ends[rows, None])[:, None, None]  # (b, 1, 1, T): no padding
-    if not cfg_scale:
+        sight = block_sight(config, span, rule.block_length)
+        return model(canvas.ids[rows[:, None], span], positions=span, cache=cache, attention=sight)
+    at = torch.arange(canvas.ids.shape[1], device=rows.device)
+    if config.attention == "block":
+        end = span.max() + 1
+        sight = block_sight(config, at[None, :end], rule.block_length)
+        return model(canvas.ids[rows, :end], attention=sight, logits_at=span)
+    ids = canvas.ids[rows]
+    seen = (at < canvas.ends[rows, None])[:, None, None]  # (b, 1, 1, T): no padding
+    if not rule.cfg_scale:
         return model(ids, attention="full" if seen.all() else seen, logits_at=span)
     # classifier-free guidance: away from what the model would write without the prompt
-    blank = torch.where(at < lengths[rows, None], model.config.mask_token_id, ids)
+    blank = torch.where(at < canvas.lengths[rows, None], config.mask_token_id, ids)
     both = model(torch.cat([ids, blank]), attention=seen.repeat(2, 1, 1, 1), logits_at=span.repeat(2, 1))
     conditional, unconditional = both.chunk(2)
-    return unconditional + (cfg_scale + 1) * (conditional - unconditional)
+    return unconditional + (rule.cfg_scale + 1) * (conditional - unconditional)
+
+
+def block_sight(config, positions, block):
+    """Attention of queries at `positions` (B, T) to all keys up to the last; None: the model's own blocks."""
+    if block == config.block_length:
+        return None
+    keys = torch.arange(int(positions.max()) + 1, device=positions.device)[None]
+    return attention_mask("block", positions, keys, block)
 
 
 def propose(logits, u, rule, config):
-    """logits (N, V), uniforms (N,) -> a token for each position, and its probability, both (N,); all in float64.
+    """logits (N, V), uniforms (N,) -> a token for each position, and its confidence, both (N,); all in float64.
 
-    As in LLaDA's code, the probability is that among all ids (but not end-of-text where it may
-    never be written: its logits_eos_inf), although the mask and what only pads the vocabulary
-    cannot be proposed.
+    As in LLaDA's code, confidence is the probability among all ids, although the mask and what only
+    pads the vocabulary cannot be proposed. eos_rule never: end-of-text is not among them (its
+    logits_eos_inf). last: what ends an answer may be proposed, but leaves the softmax of the
+    confidence, in which the others share its part, and has confidence 0 (confidence_eos_eot_inf,
+    as it was meant: LLaDA#137).
     """
     logits = logits.double()
     if rule.eos_rule == "never":
-        logits[:, [i for i in rule.eos_ids if i < logits.shape[1]]] = -torch.inf
-    logp = logits.log_softmax(-1)
+        never = end_of_text(config, rule.eos_ids)
+        logits[:, [i for i in never if i < logits.shape[1]]] = -torch.inf
+    rest = logits
+    if rule.eos_rule == "last":
+        ends = [i for i in rule.eos_ids if i < logits.shape[1]]
+        rest = logits.clone()
+        rest[:, ends] = -torch.inf
+    logp = rest.log_softmax(-1)
     logits[:, config.mask_token_id] = -torch.inf
     logits[:, rule.vocab_size :] = -torch.inf
     token = next_token(logits, u, rule.temperature, rule.top_p, rule.top_k)
@@ -536,8 +646,8 @@ def main(**given):
         raise InputError("--model is missing (--help lists the keys)")
     if not cfg.prompt and not cfg.chat:
         raise InputError("--prompt is missing (--help lists the keys); --chat=true asks for one turn after the other")
-    require(cfg, dtype=("float32", "bfloat16"))
     device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
     folder = local_folder(cfg.model)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
@@ -548,10 +658,13 @@ def main(**given):
     else:
         check_sampling(config, [], cfg)
 
-    student = load(folder, device, getattr(torch, cfg.dtype))
+    student = load(folder, device, dtype)
     answer = ""
     turns = []
     for question in questions(cfg):
+        if cfg.mask_word and cfg.mask_word in question:
+            answer = fill_in(student, tokenizer, question, cfg)
+            continue
         turns.append({"role": "user", "content": question})
         answer = speak(student, tokenizer, turns, cfg)
         turns.append({"role": "assistant", "content": answer})
@@ -584,8 +697,7 @@ def next_line():
 def speak(student, tokenizer, turns, cfg):
     """Answer the last of the turns, showing the answer while it is written if this is a terminal -> its text."""
     prompt = tokenizer.encode_prompt(turns)
-    eos_ids = {*student.config.eos_token_ids, tokenizer.eos_token_id, tokenizer.end_of_turn_id} - {None}
-    known = {"eos_ids": eos_ids, "vocab_size": tokenizer.vocab_size}
+    known = ends_and_size(student, tokenizer)
     terminal = sys.stdout.isatty()
     if student.config.is_diffusion and terminal:
         answer = draw(student, tokenizer, prompt, cfg, known)
@@ -595,6 +707,38 @@ def speak(student, tokenizer, turns, cfg):
         [answer] = sample(student, [prompt], cfg, example_ids=[0], **known)
     text = tokenizer.decode(answer)
     if not terminal:
+        print(text, flush=True)
+    return text
+
+
+def ends_and_size(student, tokenizer):
+    """Ids that end an answer, and how many ids the tokenizer knows: keywords of `sample`."""
+    eos_ids = {*student.config.eos_token_ids, tokenizer.eos_token_id, tokenizer.end_of_turn_id}
+    return {"eos_ids": eos_ids - {None}, "vocab_size": tokenizer.vocab_size}
+
+
+def fill_in(student, tokenizer, text, cfg):
+    """Fill the gaps of a text, each mask word one token; show it as `speak` does -> the text.
+
+    The text is read as it is, without the chat template, special tokens in it are what they are
+    called. Raises InputError for an autoregressive student, which cannot look ahead.
+    """
+    config = student.config
+    if not config.is_diffusion:
+        raise InputError(
+            f"--prompt has a {cfg.mask_word} in it, and {config.model_type} is autoregressive: only "
+            "masked-diffusion students fill gaps (--mask_word= takes it for text)"
+        )
+    ids = [tokenizer.bos_token_id] * tokenizer.adds_bos
+    for number, part in enumerate(text.split(cfg.mask_word)):
+        ids += [config.mask_token_id] * (number > 0) + tokenizer.encode(part)
+    known = ends_and_size(student, tokenizer)
+    if sys.stdout.isatty():
+        filled = draw(student, tokenizer, ids, cfg, known, answer=False)
+    else:
+        [filled] = fill_gaps(student, [ids], cfg, **known)
+    text = tokenizer.decode(filled[tokenizer.adds_bos :])
+    if not sys.stdout.isatty():
         print(text, flush=True)
     return text
 
@@ -615,21 +759,31 @@ def stream(student, tokenizer, prompt, cfg, known):
     return answer
 
 
-def draw(student, tokenizer, prompt, cfg, known):
-    """Draw the canvas after every forward pass, on a screen of its own -> the answer's ids."""
+def draw(student, tokenizer, prompt, cfg, known, answer=True):
+    """Draw the canvas after every forward pass, on a screen of its own -> the answer's ids.
+
+    answer False: of a text whose gaps are filled, the text's ids.
+    """
+    shown = len(prompt) if answer else 0  # from here on
+    mask_id = student.config.mask_token_id
     passes = written = 0
     print("\x1b[?1049h", end="")
     try:
-        for canvas, new in generate(student, [prompt], cfg, **known):
+        for canvas, new in generate(student, [prompt], cfg, answer=answer, **known):
             passes += 1
             written += int(new.sum())
-            text = paint(tokenizer, canvas[0, len(prompt) :], new[0, len(prompt) :], student.config.mask_token_id)
+            text = paint(tokenizer, canvas[0, shown:], new[0, shown:], mask_id)
             print(f"\x1b[H\x1b[Jpass {passes}, {written} tokens\n\n{text}", flush=True)
     finally:
         print("\x1b[?1049l", end="")  # back to the ordinary screen
-    answer = until_end(canvas[0, len(prompt) : len(prompt) + cfg.max_new_tokens].tolist(), known["eos_ids"])
-    print(f"{printable(tokenizer.decode(answer))}\n({len(answer)} tokens, {passes} forward passes)", flush=True)
-    return answer
+    ids = canvas[0].tolist()
+    if answer:
+        ids = until_end(ids[shown : shown + cfg.max_new_tokens], known["eos_ids"])
+        written = len(ids)
+    else:
+        ids = ids[: len(prompt)]
+    print(f"{printable(tokenizer.decode(ids))}\n({written} tokens, {passes} forward passes)", flush=True)
+    return ids
 
 
 def paint(tokenizer, ids, new, mask_id):

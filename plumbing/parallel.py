@@ -54,6 +54,13 @@ def pick_device(name):
     return device
 
 
+def pick_dtype(name, device):
+    """--dtype -> torch.dtype of a model that answers ("": bfloat16 on a GPU, float32 elsewhere)."""
+    if name not in ("", "float32", "bfloat16"):
+        raise InputError(f"--dtype={name}: must be float32 or bfloat16")
+    return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
+
+
 def end_processes():
     """Threads that still listen when the interpreter is gone can turn a good end into an abort."""
     if dist.is_initialized():

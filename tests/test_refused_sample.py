@@ -27,9 +27,11 @@ WORLD = dict(teacher=3, students=("llada",))
     ("full", dict(block_length=8, denoising_steps=2), "--denoising_steps=2: must be a multiple of the 3 blocks"),
     ("full", dict(block_length=8, denoising_steps=10), "--denoising_steps=10"),
     ("block", dict(denoising_steps=5), "--denoising_steps=5: must be a multiple of the 6 blocks"),
-    ("block", dict(block_length=8), "trained for 4"), ("block", dict(cfg_scale=1.0), "only for LLaDA"),
+    ("block", dict(cfg_scale=1.0), "only for LLaDA"),
+    ("full", dict(remasking="left_to_right", threshold=0.5), "--threshold=0.5 and --remasking=left_to_right exclude"),
+    ("full", dict(remasking="random", eos_rule="last"), "--eos_rule=last and --remasking=random exclude each other"),
     ("full", dict(remasking="random", threshold=0.5), "exclude each other"),
-    ("full", dict(remasking="high"), "--remasking=high: must be low_confidence or random"),
+    ("full", dict(remasking="high"), "--remasking=high: must be low_confidence or random or left_to_right"),
     ("full", dict(threshold=1.5), "--threshold=1.5: must be at least 0.*and at most 1"),
     ("full", dict(temperature=-1.0), "--temperature=-1.0: must be at least 0"),
     ("full", dict(eos_rule="first"), "--eos_rule=first: must be free or last or never"),
@@ -93,3 +95,9 @@ def test_logits_that_are_not_finite_are_refused(bad, temperature):
     logits[1, 3] = bad
     with pytest.raises(InputError, match="not finite"):
         sample.next_token(logits, torch.full((2,), 0.5), temperature, 1.0, 0)
+
+
+def test_an_autoregressive_student_fills_no_gaps(world, monkeypatch):
+    monkeypatch.chdir(world)
+    with pytest.raises(InputError, match="qwen3 is autoregressive: only masked-diffusion students fill gaps"):
+        sample.main(model="data/toy-1/untrained", prompt="3+░=8", device="cpu")

@@ -34,6 +34,7 @@ import model
 import sample
 from hf import tokenizer as tokenizer_file
 from plumbing.config import read_json
+from plumbing.parallel import pick_dtype
 
 ROOT = Path(__file__).parent.parent
 
@@ -195,7 +196,7 @@ def test_top_p_where_the_1024_likeliest_do_not_hold_it():
 # --------------------------------------------------------------------------------------------------
 # Masked-diffusion students: the canvas against the authors' rules
 
-PROMPTS = [[5, 6, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, MASK, 12], [40]]  # a mask in a prompt is prompt
+PROMPTS = [[5, 6, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, MASK, 12], [40]]
 
 
 def trajectory(student, prompt, n, **keys):
@@ -221,6 +222,10 @@ def llada_by_the_rules(student, prompt, n, block, steps, cfg=0.0, threshold=None
             if no_eos:
                 logits[:, EOS] = -torch.inf
             p = logits.softmax(-1)
+            if eos_last:  # the ends leave the softmax of the confidence
+                rest = logits.clone()
+                rest[:, list(eos_last)] = -torch.inf
+                p = rest.softmax(-1)
             logits[:, MASK] = -torch.inf
             proposed = logits.argmax(-1).tolist()
             u = noise(f"0 {b}", step, 0, 2 * block)
@@ -301,6 +306,120 @@ def test_eos_rules():
         passes = [sum(EOS not in canvas for canvas, _ in run) / len(run) for run in (free, last)]
         later += passes[1] > passes[0]
     assert later >= 3
+
+
+def test_ends_leave_the_softmax_of_the_confidence():
+    """A: x 0.40, end-of-text 0.39; B: y 0.50. Ranked last only, B is written first; by LLaDA's rule A: 0.40 / 0.61."""
+    config = make_student("full").config
+    p = torch.full((2, V), 1e-9, dtype=torch.float64)
+    p[0, [5, EOS, 7]] = torch.tensor([0.40, 0.39, 0.21], dtype=torch.float64)
+    p[1, [6, 8]] = torch.tensor([0.50, 0.50 - 1e-6], dtype=torch.float64)
+    for rule, expected in (("free", [0.40, 0.50]), ("last", [0.40 / 0.61, 0.50])):
+        keys = sample.Decoding(eos_rule=rule, eos_ids=[EOS, 9], vocab_size=V, temperature=0.0)
+        token, sure = sample.propose(p.log(), None, keys, config)
+        assert token.tolist() == [5, 6] and sure.tolist() == pytest.approx(expected, rel=1e-5)
+    p[0, 5], p[0, EOS] = 0.30, 0.49  # an end may still be proposed, with confidence 0
+    token, sure = sample.propose(p.log(), None, keys, config)
+    assert token.tolist() == [EOS, 6] and sure[0] == 0
+
+
+def test_never_forbids_the_end_of_the_text_and_not_the_end_of_a_turn():
+    """logits_eos_inf: without an end-of-turn no answer would ever end. Here the likeliest token is an end-of-turn."""
+    student, eot = with_an_end(make_student("full"), PROMPTS[0], 16, 16)
+    # EOS is likeliest where eot was: forbidden, it leaves eot in its place
+    ended = ask(sample.sample, student, [PROMPTS[0]], 16, block_length=16, eos_rule="never", eos_ids={EOS, eot})
+    free = ask(sample.sample, student, [PROMPTS[0]], 16, block_length=16, eos_rule="never", eos_ids={EOS})
+    assert len(ended[0]) < 16 == len(free[0]) and eot in free[0] and EOS not in free[0]
+    for config, eos_ids, expected in (
+        (student.config, [EOS, eot], [EOS]),
+        (replace(student.config, eos_token_ids=[EOS, eot]), [EOS, eot], [EOS]),  # LLaDA2.2's generation_config
+        (replace(student.config, pad_token_id=9, eos_token_ids=[11]), [11, eot], [11]),
+        (student.config, [], []),
+    ):
+        assert sample.end_of_text(config, eos_ids) == expected
+
+
+@pytest.mark.parametrize("attention", ["full", "block"])
+def test_left_to_right_writes_in_the_order_of_reading(attention):
+    student = make_student(attention)
+    steps = trajectory(student, PROMPTS[1], 16, block_length=4, remasking="left_to_right", temperature=1.0)
+    assert [written for _, written in steps] == [[i] for i in range(9, 9 + len(steps))]
+
+
+@pytest.mark.parametrize("attention", ["full", "block", "causal"])
+def test_no_prompts_have_no_answers(attention):
+    student = make_student("full" if attention == "causal" else attention)
+    student.config = replace(student.config, attention=attention)
+    assert ask(sample.sample, student, [], 8) == []
+    if attention == "causal":
+        assert ask(sample.write_left_to_right, student, [], 8, example_ids=[], eos_ids=()) == []
+    else:
+        assert ask(sample.write_in_blocks, student, [], 8) == []
+        assert list(ask(sample.generate, student, [], 8)) == []
+        assert ask(sample.fill_gaps, student, [], 8) == []
+
+
+def gaps_by_the_rules(student, text, block, per):
+    """Fill a text's masks at temperature 0, `per` a pass, no cache: blocks from the first mask on, or from 0."""
+    whole = student.config.attention == "block"
+    first = text.index(MASK)
+    low = first // block * block if whole else first
+    x = text + [EOS] * (-len(text) % block if whole else 0)
+    gaps = [i for i, token in enumerate(x) if token == MASK]
+    while low < len(x):
+        while masked := [i for i in gaps if low <= i < low + block and x[i] == MASK]:
+            with torch.no_grad():
+                logits = student(torch.tensor([x[: low + block] if whole else x]))[0].double()
+            p = logits.softmax(-1)
+            logits[:, MASK] = -torch.inf
+            proposed = logits.argmax(-1).tolist()
+            for i in sorted(masked, key=lambda i: (-float(p[i, proposed[i]]), i))[:per]:
+                x[i] = proposed[i]
+        low += block
+    return x[: len(text)]
+
+
+@pytest.mark.parametrize("attention", ["full", "block"])
+def test_masks_in_a_text_are_filled(attention):
+    """Gaps in several blocks, at the ends, none at all; each text as alone, and as the rules say."""
+    texts = [[5, MASK, 7, 9, 8, MASK, MASK, 12, 30, 31, 4, MASK, 6], [MASK, 3], [5, 6, 7], [9, 8, 11, 3, MASK]]
+    for seed in range(3):
+        student = make_student(attention, seed=seed)
+        keys = dict(block_length=4, denoising_steps=16, threshold=1.0)
+        together = ask(sample.fill_gaps, student, texts, 16, eos_ids=[EOS], **keys)
+        for text, filled in zip(texts, together, strict=True):
+            assert len(filled) == len(text) and MASK not in filled
+            assert all(new == old for new, old in zip(filled, text, strict=True) if old != MASK)
+            if MASK in text:
+                assert filled == gaps_by_the_rules(student, text, 4, 1)
+                assert ask(sample.fill_gaps, student, [text], 16, eos_ids=[EOS], **keys) == [filled]
+
+
+def test_masks_in_a_prompt_are_filled_before_it_is_answered(student):
+    prompt = [4, MASK, 12, 9, 9, MASK, 3]
+    keys = dict(block_length=4, threshold=1.0)
+    for use_cache in (True, False):
+        *_, (canvas, _) = ask(sample.generate, student, [prompt, [5, 6]], 8, eos_ids=(), use_cache=use_cache, **keys)
+        row = canvas[0, :15].tolist()
+        assert MASK not in row and [row[i] for i in (0, 2, 3, 4, 6)] == [4, 12, 9, 9, 3]
+        if use_cache:
+            first = row
+    assert row == first  # with the cache of a block model as without
+
+
+def test_another_block_length_is_used_with_a_warning(mini, capsys):
+    """As if the model had been trained for it; said once, and not on standard output."""
+    other = copy.copy(mini)
+    other.config = replace(mini.config, block_length=8)
+    sample.warn.cache_clear()
+    for prompt in MINI_PROMPTS:
+        expected = llada2_by_the_rules(other, prompt, 18)
+        for use_cache in (True, False):
+            ours = trajectory(mini, prompt, 18, eos_ids={2}, use_cache=use_cache, block_length=8)
+            assert ours == expected
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err == "warning: --block_length=8, but this model was trained for 4\n"
+    assert trajectory(mini, MINI_PROMPTS[0], 18, block_length=4) == trajectory(mini, MINI_PROMPTS[0], 18)
 
 
 def llada2_by_the_rules(student, prompt, n, threshold=0.95, steps=None, edit=None):
@@ -480,7 +599,9 @@ def test_decoding_stops_after_the_block_with_the_end(student):
         likely, _ = with_an_end(student, prompt, 60, 4)
         *_, (canvas, _) = ask(sample.generate, likely, [prompt], 60, block_length=4, eos_ids={EOS})
         row = canvas[0].tolist()
-        end, start = row.index(EOS, len(prompt)), len(prompt) if likely.config.attention == "full" else 0
+        end, start = row.index(EOS, len(prompt)), 0
+        if likely.config.attention == "full":  # its blocks begin behind the prompt, or with a mask inside
+            start = prompt.index(MASK) if MASK in prompt else len(prompt)
         stop = start + (end - start) // 4 * 4 + 4
         assert MASK not in row[len(prompt) : stop] and set(row[stop:]) == {MASK}  # that block is whole, none behind it
         ended += stop < len(row) - 8
@@ -558,6 +679,30 @@ def test_a_masked_diffusion_answer_is_drawn_on_a_terminal(world):
     assert "\x1b[32m" in text and "░" in text
     end = text.rpartition("\x1b[?1049l")[2]
     assert "░" not in end and end.strip().endswith("forward passes)")
+
+
+def test_the_command_fills_gaps(world, monkeypatch, capsys):
+    """A mask word stands for one token; the text goes to the model as it is, special tokens and all."""
+    monkeypatch.chdir(world)
+    student, tokenizer = model.load("llada"), tokenizer_file.load_tokenizer(Path("llada"))
+    keys = dict(model="llada", device="cpu", block_length=8, max_new_tokens=16)
+    for word in ("░", "<gap>"):
+        text = sample.main(prompt=f"<|user|>3+5{word}2?<|assistant|>3+5={word}{word}", mask_word=word, **keys)
+        ids = [*tokenizer.encode("<|user|>3+5"), 3, *tokenizer.encode("2?<|assistant|>3+5="), 3, 3]
+        [filled] = ask(sample.fill_gaps, student, [ids], 16, block_length=8, eos_ids={0},
+                       vocab_size=tokenizer.vocab_size)  # fmt: skip
+        assert text == tokenizer.decode(filled) and capsys.readouterr() == (f"{text}\n", "")
+        assert text.startswith("<|user|>3+5") and "2?<|assistant|>3+5=" in text and word not in text
+    text, code = on_a_terminal([*COMMAND[:3], "--prompt=3+░=8", *COMMAND[4:]], world)
+    end = text.rpartition("\x1b[?1049l")[2]
+    assert code == 0 and end.startswith("3+") and end.strip().endswith("(1 tokens, 1 forward passes)")
+
+
+def test_on_a_gpu_float32_is_only_for_who_asks():
+    assert pick_dtype("", torch.device("cpu")) == torch.float32
+    assert pick_dtype("", torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("float32", torch.device("cuda")) == torch.float32
+    assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
 AUTOREGRESSIVE = [sys.executable, str(ROOT / "sample.py"), f"--model={ROOT / 'students/toy-1'}", "--device=cpu"]
