@@ -28,7 +28,7 @@ import numpy as np
 
 from formats import has_thoughts, parse_columns, read_examples
 from hf.families import local_folder
-from hf.template import OPENS, cut, fixed_date, parse_kwargs, uncut
+from hf.template import OPENS, cut, fixed_date, parse_kwargs, uncut, writes_empty_thoughts
 from hf.tokenizer import load_tokenizer
 from plumbing.config import InputError, command, read_json, require, whole_folder, write_json
 from verify import VERIFIERS, judge, opens_thoughts, unmatchable
@@ -71,7 +71,7 @@ def main(**given):
     with whole_folder(cfg.out, "meta.json") as out:
         meta, tally, unread = write_arrays(cfg, render, out)
         write_json(out / "meta.json", meta | hashes(out))
-    report(cfg, tokenizer, load(cfg.out), tally, unread)
+    report(cfg, render, load(cfg.out), tally, unread)
 
 
 def check(cfg):
@@ -246,8 +246,9 @@ def kind_of_thoughts(prompt, response):
     return "without_thoughts"
 
 
-def report(cfg, tokenizer, made, tally, unread):
+def report(cfg, render, made, tally, unread):
     """Print what has been written, and what was noticed on the way."""
+    tokenizer = render.tokenizer
     counts = tally.counts
     sizes = made.spans[:, 2] - made.spans[:, 0]
     print(f"{cfg.out}: {len(made)} examples, {len(made.tokens):,} tokens, {made.response_mask().sum():,} of them in "
@@ -255,6 +256,11 @@ def report(cfg, tokenizer, made, tally, unread):
           f"{counts['too_long']}")
     print(f"responses with thoughts: {counts['with_thoughts']}, without: {counts['without_thoughts']}, "
           f"truncated thoughts: {counts['truncated_thoughts']}")
+    if render.has_template and counts["without_thoughts"]:
+        if writes_empty_thoughts(tokenizer, render.date | render.kwargs):
+            print("in a conversation the chat template writes empty thoughts before an answer without any; these "
+                  "responses are learnt without them. --template_kwargs, as '{\"enable_thinking\": false}' for Qwen3, "
+                  "puts them into the prompt")
     if counts["earlier_answers"]:
         print(f"conversations with earlier answers, which are read but not learnt: {counts['earlier_answers']}")
     if counts["duplicates"]:

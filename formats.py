@@ -93,7 +93,8 @@ def read_examples(path, columns=None, ignore=(), unread=None):
         example = read_example(row, columns or {})
         example.id = str(number) if example.id is None else str(example.id)
         if example.id in seen:
-            raise InputError(f"{where}: the id {example.id!r} was in line {seen[example.id]} already")
+            raise InputError(f"{where}: the id {example.id!r} was in line {seen[example.id]} already; --ignore=id "
+                             "numbers the examples instead")
         seen[example.id] = number
         for name in row.unread() if unread is not None else ():
             unread[name] = unread.get(name, 0) + 1
@@ -121,7 +122,8 @@ class Row:
     def __init__(self, content, where, ignore=()):
         self.where = where
         self.ignore = set(ignore)
-        self.columns = {k: v for k, v in content.items() if v is not None and k not in self.ignore}
+        # a NaN, which only parquet can hold, is how pandas writes null
+        self.columns = {k: v for k, v in content.items() if v is not None and v == v and k not in self.ignore}
         self.read = set()
 
     def find(self, names):
@@ -138,8 +140,11 @@ class Row:
         return value
 
     def text(self, name):
-        """The text of a column; a list that holds a single text counts as that text."""
+        """The text of a column; a list that holds a single text counts as that text, an answer may be a number."""
         value = self.columns[name]
+        if name in ANSWER and isinstance(value, int | float) and not isinstance(value, bool):
+            self.read.add(name)
+            return str(value)
         if isinstance(value, list) and name not in EXPLICIT and all(isinstance(part, str) for part in value):
             if len(value) != 1:
                 raise self.error(f'"{name}" holds {len(value)} texts: write a line for the one to be learnt')
@@ -457,6 +462,8 @@ def refuse_what_cannot_be_honoured(row):
         elif isinstance(row.columns[name], bool | int | float):
             raise row.error(f'"{name}" is {row.columns[name]}, but all examples count the same here: take this one '
                             f"out, or --ignore={name}")
+    if row.columns.get("functions"):
+        raise row.error('"functions": call it "tools", a list of {"type": "function", "function": {...}}')
     for name in row.find(DETAILS):
         if isinstance(row.columns[name], list | dict):
             raise row.error(f'"{name}": which tokens to learn is chosen by select.py; --ignore={name} leaves it out')

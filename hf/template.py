@@ -20,6 +20,7 @@ from plumbing.config import InputError, read_json
 OPENS = re.compile(r"<think>\s*$")  # a prompt after which the student is thinking
 CLOSES = re.compile(r"</think>\s*$")  # one after which it must not think
 NO_THOUGHTS = re.compile(r"\s*(<think>\s*)?(</think>\s*)?")  # what Qwen3's template writes before an answer without any
+THOUGHTS = "reasoning_content"
 TAG = re.compile(r"</?[a-z_]+>")
 
 
@@ -140,7 +141,10 @@ def cut(tokenizer, messages, turn, variables=None, tags=False):
     """
     variables = dict(variables or {})
 
+    thoughts = name_of_thoughts(tokenizer.template_source)
+
     def render(turns, **how):
+        turns = [{thoughts if key == THOUGHTS else key: value for key, value in turn.items()} for turn in turns]
         return tokenizer.apply_chat_template(turns, tokenize=False, **variables, **how)
 
     turn = turn | {"content": without_end(tokenizer, turn["content"])}
@@ -160,7 +164,7 @@ def cut(tokenizer, messages, turn, variables=None, tags=False):
             raise InputError(f"the chat template leaves out {name!r}, or parts of it; --ignore={name} if it should")
     body, end = to_the_end(tokenizer, after_prompt(prompt, render([*messages, turn])))
     if turn.keys() <= {"role", "content"}:
-        response = verbatim(turn["content"], body)
+        response = verbatim(turn["content"], body, asked=prompt != render(messages))
     else:
         response = body + end
         missing = [key for key in turn if key != "role" and not all_occur(turn[key], response)]
@@ -187,6 +191,23 @@ def uncut(tokenizer, messages, turn, variables=(), tags=False):
     return prompt, response
 
 
+def name_of_thoughts(source):
+    """The key under which a template looks for a turn's thoughts."""
+    for name in (THOUGHTS, "reasoning", "thinking", "thoughts", "thought"):
+        if re.search(rf"(\.|['\"]){name}\b", source):
+            return name
+    return THOUGHTS
+
+
+def writes_empty_thoughts(tokenizer, variables):
+    """Does the template write <think></think> before an answer without thoughts, where its prompt does not?"""
+    question = {"role": "user", "content": "q"}
+    answer = {"role": "assistant", "content": "T3S-ANSWER"}
+    prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, tokenize=False, **variables)
+    full = tokenizer.apply_chat_template([question, answer], tokenize=False, **variables)
+    return full.startswith(prompt) and full[len(prompt) :].lstrip().startswith("<think>")
+
+
 def after_prompt(prompt, full):
     """What the rendering of the whole conversation has behind the prompt."""
     if full.startswith(prompt):
@@ -207,26 +228,31 @@ def to_the_end(tokenizer, tail):
     return tail[:at], end
 
 
-def verbatim(content, body):
-    """The response of a turn that is only content, for which the template writes `body`."""
+def verbatim(content, body, asked):
+    """The response of a turn that is only content, for which the template writes `body`.
+
+    asked: does the template write a generation prompt? Then what it writes in front of the content is the student's to
+    write as well: GLM's line feed, gpt-oss' channel; but no empty thoughts.
+    """
     whole = content.strip()
     thoughts, _, answer = content.rpartition("</think>")
     written = body.rstrip()
     if written.endswith(whole):
         before = written.removesuffix(whole)
-        # GLM's template writes a line feed before each answer: the student does, since the prompt ends before it
-        blank = before if before.isspace() and not content[:1].isspace() else ""
+        if before.isspace() and not content[:1].isspace():
+            return before + content
+        if asked and not NO_THOUGHTS.fullmatch(before):
+            return before + content
     elif written.endswith(answer.strip()):
         before = re.sub(r"</?think>", "", written.removesuffix(answer.strip()))
         before = before.replace(thoughts.replace("<think>", "").strip(), "")
-        blank = ""
     else:
         raise InputError("the chat template leaves out the response, or changes it; render the text yourself and say "
                          "--template=none")
     if not NO_THOUGHTS.fullmatch(before):
         raise InputError(f"the chat template has no generation prompt: it writes {before!r} only before a given "
                          "answer; end it with {% if add_generation_prompt %}...{% endif %}")
-    return blank + content
+    return content
 
 
 def with_tags(turn, prompt, missing, tags):

@@ -226,6 +226,12 @@ def test_content_parts_are_one_text_and_names_of_roles_are_ours(here):
     assert example.messages == [ASKED] and example.turn == SAID
 
 
+def test_an_evaluation_set_without_solutions(here):
+    row = {"question": "2+2?", "answer": 4}
+    (example,) = read(row, columns={"prompt": "question", "response": "answer", "answer": "answer"})
+    assert example.turn["content"] == "4" and example.answer == "4"
+
+
 def test_columns_that_are_not_read_are_listed_once(here, capsys):
     make({"prompt": "a", "response": "b", "source": "x"}, {"prompt": "c", "response": "d", "source": "y", "grade": 1})
     assert "columns not read, with the number of rows that have them: grade (1), source (2)" in capsys.readouterr().out
@@ -249,6 +255,12 @@ def test_the_same_rows_in_every_kind_of_file(here):
         made = data.load("out")
         found.append((made.sha256, made.examples))
     assert found[1:] == found[:1] * 3 and len(found[0][1]) == 2
+
+
+def test_parquets_nan_is_null(here):
+    rows = [{"prompt": "a", "response": "b", "answer": float("nan")}, {"prompt": "c", "response": "4", "answer": 4.0}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "in.parquet")
+    assert [example.answer for example in read_examples("in.parquet")] == [None, "4.0"]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(here, monkeypatch):

@@ -47,6 +47,7 @@ def turns(*more, last=None):
     (GOOD | {"images": ["x.png"]}, '"images": only text can be learnt; --ignore=images leaves it out'),
     (GOOD | {"weight": 0.5}, '"weight" is 0.5, but all examples count the same here'),
     (GOOD | {"train": False}, '"train" is False'),
+    (GOOD | {"functions": [{"name": "f"}]}, '"functions": call it "tools"'),
     (GOOD | {"label": False}, '"label" is false: a response that is not to be imitated'),
     (GOOD | {"loss_mask": [0, 1]}, '"loss_mask": which tokens to learn is chosen by select.py'),
     (GOOD | {"labels": [-100, 5]}, '"labels": which tokens to learn is chosen by select.py'),
@@ -115,5 +116,7 @@ def test_damaged_files_are_named(here):
 
 
 def test_ids_that_repeat_are_named_with_their_rows(here):
-    with pytest.raises(InputError, match="line 3: the id 'a' was in line 1 already"):
-        list(read_examples(write_lines(GOOD, without("id"), GOOD)))
+    rows = write_lines(GOOD, without("id"), GOOD)
+    with pytest.raises(InputError, match="line 3: the id 'a' was in line 1 already; --ignore=id numbers"):
+        list(read_examples(rows))
+    assert [example.id for example in read_examples(rows, ignore=["id"])] == ["1", "2", "3"]

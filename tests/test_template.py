@@ -96,6 +96,33 @@ def test_blanks_that_a_template_writes_before_an_answer_belong_to_it(tmp_path, t
     assert full.startswith(prompt + response)
 
 
+HARMONY = """{% for m in messages %}{% if m.role == 'assistant' %}
+{%- if m.thinking %}<|im_start|>analysis {{ m.thinking }}<|eot_id|>{% endif -%}
+<|im_start|>final {{ m.content }}<|im_end|>
+{%- else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def test_what_a_template_writes_behind_its_generation_prompt_is_learnt(tmp_path):
+    """gpt-oss': an answer opens with the name of its channel; thoughts are called thinking."""
+    harmony = HARMONY.replace("{%- if m.thinking", "<|assistant|>{%- if m.thinking")
+    ours = chat_tokenizer(tmp_path, harmony)
+    for turn, response in (
+        ({"role": "assistant", "content": "2"}, "<|im_start|>final 2"),
+        (THOUGHT, "<|im_start|>analysis 1, then 2<|eot_id|><|im_start|>final It is 2.<|im_end|>"),
+    ):
+        assert cut(ours, [ASKED], turn) == ("<|user|>1+1?<|assistant|>", response)
+        named = {"thinking" if key == "reasoning_content" else key: value for key, value in turn.items()}
+        full = transformers_text(tmp_path, harmony, [ASKED, named])
+        assert full.startswith("<|user|>1+1?<|assistant|>" + response)
+
+
+def test_empty_thoughts_that_only_the_template_writes_are_told(here, capsys):
+    make(GOOD)
+    assert "the chat template writes empty thoughts before an answer without any" in capsys.readouterr().out
+    make(GOOD, template_kwargs='{"enable_thinking": false}')
+    assert "empty thoughts" not in capsys.readouterr().out
+
+
 def test_thoughts_that_the_template_leaves_out_are_written_as_tags_where_that_is_clear_or_asked_for(tmp_path):
     r1 = chat_tokenizer(tmp_path / "r1", DEEPSEEK)
     assert cut(r1, [ASKED], THOUGHT) == ("<s><|user|>1+1?<|assistant|><think>\n", "1, then 2\n</think>\n\nIt is 2.")
