@@ -9,7 +9,6 @@ plumbing/page.html, its numbers are packed here. Next: hf/tokenizer.py.
 """
 
 import base64
-import codecs
 import itertools
 import json
 import zlib
@@ -27,6 +26,7 @@ from hf.families import local_folder
 from hf.tokenizer import load_tokenizer
 from plumbing.config import InputError, command, load_select, read_json, require, whole_file
 from plumbing.runs import load_mask, load_trajectory, records, run_folder, run_keys
+from plumbing.selection import token_texts
 
 
 @dataclass
@@ -239,12 +239,6 @@ def quantise(values, bits):
     most = 2 ** (bits - 1) - 1
     scale = np.log1p(np.minimum(np.abs(values), HIGHEST) / LOWEST) / np.log1p(HIGHEST / LOWEST)
     return (np.sign(values) * np.rint(scale * most)).astype(f"<i{bits // 8}")
-
-
-def token_texts(tokenizer, ids):
-    """One text per token. A character cut over several tokens belongs to the last of them."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    return [decoder.decode(tokenizer.bytes_of.get(int(i), b"\xef\xbf\xbd")) for i in ids]
 
 
 def pack_tokens(train_set, tokenizer, trajectory, masks, shown, low, most_cells=16_000_000):

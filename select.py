@@ -329,10 +329,12 @@ def main(**given):
     selection.report(cfg, stats, out)
     if cfg.export:
         describe_labels(out / f"labels.{cfg.export_format}", train_set, mask)
+    if cfg.show:
+        print(selection.explain_colours(cfg.kind))
     for i in range(min(cfg.show, len(train_set))):
         a, b = spans[i]
-        text = paint(tokenizer, train_set.response(i), picked[a:b] > 0)
-        print(f"\nexample {train_set.examples[i]['id']}:\n{text}")
+        text = paint(tokenizer, train_set.response(i), picked[a:b] > 0, delta[a:b], cfg.kind)
+        print(f"example {train_set.examples[i]['id']}:\n{text}\n")
     return out
 
 

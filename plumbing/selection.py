@@ -4,6 +4,8 @@ select.py writes the dicts made here to stats.json and prints the text. Shapes: 
 one example after the other. No torch at the top. Next: plumbing/export.py.
 """
 
+import codecs
+import itertools
 import os
 import sys
 from collections import Counter
@@ -20,9 +22,9 @@ from plumbing.config import InputError
 def load_inputs(cfg, trained, trajectory):
     """The data to select from, checked to be what the run recorded, and its tokenizer.
 
-    cfg: select.py's Config; trained: run_keys. With --student or --data the selection is for another
-    model: its tokenizer must give the same tokens, or InputError names the first example that
-    differs.
+    cfg: select.py's Config; trained: run_keys. With --student or --data the selection is for
+    another model: its tokenizer must give the same tokens, or InputError names the first example
+    that differs.
     """
     import data
     from hf.tokenizer import load_tokenizer
@@ -40,8 +42,8 @@ def load_inputs(cfg, trained, trajectory):
         check_same_tokens(own, train_set)
     if cfg.student and tokenizer.hash != train_set.meta["tokenizer_hash"]:
         raise InputError(
-            f"--student={cfg.student}: has another tokenizer than {train_set.folder}; make its data "
-            f"with data.py --tokenizer={cfg.student} and name that folder with --data"
+            f"--student={cfg.student}: has another tokenizer than {train_set.folder}; make its "
+            f"data with data.py --tokenizer={cfg.student} and name that folder with --data"
         )
     return train_set, tokenizer
 
@@ -200,20 +202,71 @@ def print_curve(name, values, bootstrap, form=".3f"):
     print(f"{name}: {shown}; among resampled examples the lowest in {certain}")
 
 
-def paint(tokenizer, ids, picked):
-    """Text with the picked tokens green and the others grey; without colours, the others in ⟦⟧."""
+def token_texts(tokenizer, ids):
+    """One text per token. A character cut over several tokens belongs to the last of them."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    unknown = "\ufffd".encode()
+    texts = [decoder.decode(tokenizer.bytes_of.get(int(i), unknown)) for i in ids]
+    if texts:
+        texts[-1] += decoder.decode(b"", final=True)
+    return texts
+
+
+# nats from which each shade begins, and 256-colour backgrounds: blue rose, orange fell. The ink on
+# them is set too, so that they can be read on a dark and on a light terminal
+SHADES = (0.01, 0.05, 0.2, 0.5, 2.0)
+ROSE = (195, 153, 117, 75, 39)
+FELL = (230, 223, 222, 215, 208)
+
+
+def paint(tokenizer, ids, picked, delta, kind="keep"):
+    """An example's text for the screen: shades by delta, and what the selection does to each token.
+
+    ids, picked, delta  (n,) of the response. On a terminal a token that leaves the loss is struck
+    through (keep), one that is always masked is underlined (force). Where colours are not
+    wanted, tokens that are not picked stand in ⟦⟧.
+    """
+    texts = token_texts(tokenizer, ids)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if colour:
+        styles = [style(p, d, kind) for p, d in zip(picked, delta, strict=True)]
+    else:
+        styles = ["" if p else "out" for p in picked]
     parts = []
-    at = 0
-    # tokens of equal fate are decoded together, because a character may be cut over two tokens
-    while at < len(ids):
-        end = at + 1
-        while end < len(ids) and picked[end] == picked[at]:
-            end += 1
-        text = tokenizer.decode(ids[at:end])
-        if colour:
-            parts.append(f"\x1b[{'32' if picked[at] else '90'}m{text}\x1b[0m")
+    # tokens of one style together: a code per token would only fill the screen
+    for look, group in itertools.groupby(zip(styles, texts, strict=True), key=lambda pair: pair[0]):
+        text = "".join(text for _, text in group)
+        if not look:
+            parts.append(text)
         else:
-            parts.append(text if picked[at] else f"⟦{text}⟧")
-        at = end
+            parts.append(f"\x1b[{look}m{text}\x1b[0m" if colour else f"⟦{text}⟧")
     return "".join(parts)
+
+
+def style(picked, delta, kind):
+    """The terminal's codes (SGR) of a token; "" for plain text."""
+    codes = []
+    level = sum(abs(delta) >= least for least in SHADES)
+    if kind == "keep" and not picked:
+        codes.append("9")
+    if kind == "keep" and not picked and not level:
+        codes.append("38;5;242")
+    if level:
+        codes.append("38;5;16")
+    if kind == "force" and picked:
+        codes += ["1", "4"]
+    if level:
+        codes.append(f"48;5;{(ROSE if delta > 0 else FELL)[level - 1]}")
+    return ";".join(codes)
+
+
+def explain_colours(kind):
+    """One line, where there are colours to explain; "" elsewhere."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return ""
+    mark = {"keep": "struck through: not in the loss", "force": "underlined: always masked"}[kind]
+    rose, fell = (
+        f"\x1b[38;5;16;48;5;{ROSE[2]}mrose\x1b[0m",
+        f"\x1b[38;5;16;48;5;{FELL[3]}mfell\x1b[0m",
+    )
+    return f"confidence {rose} or {fell} up to the bottleneck; {mark}"
