@@ -475,7 +475,13 @@ def load(path_or_repo_id, device="cpu", dtype=torch.float32, shard=None):
     missing, truncated or misshapen tensor.
     """
     folder = local_folder(path_or_repo_id)
-    config = read_config(folder)
+    model = build(read_config(folder), device, dtype, shard)
+    load_weights(model, folder)
+    return model
+
+
+def build(config, device="cpu", dtype=torch.float32, shard=None):
+    """Transformer in eval mode with memory for its weights, which hold no values yet."""
     with torch.device("meta"):  # shapes only: memory is taken once, where it is needed
         model = Transformer(config)
     for module in model.modules():
@@ -484,6 +490,4 @@ def load(path_or_repo_id, device="cpu", dtype=torch.float32, shard=None):
             setattr(module, name, nn.Parameter(parameter.to(dtype)))
     if shard is not None:
         shard(model)
-    model = model.to_empty(device=device)  # with FSDP each process takes memory for its part only
-    load_weights(model, folder)
-    return model.eval()
+    return model.to_empty(device=device).eval()  # with FSDP each process takes memory for its part

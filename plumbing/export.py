@@ -15,7 +15,7 @@
 
 These trainers average the loss over the labels of a step, as train.py does, so they make the same
 updates. They ignore `weights`, which matters only for a rule that weights tokens.
-Next: plumbing/parallel.py.
+Next: plumbing/screen.py.
 """
 
 import json

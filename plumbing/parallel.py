@@ -1,16 +1,18 @@
-"""Processes: how a model is cut over them (FSDP2), and how they speak with one voice.
+"""Processes: how a model is cut over them (FSDP2), how they agree, how they are asked to stop.
 
-    torchrun --nproc_per_node=8 -- train.py --run=...                                     # one node
-    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 -- train.py --run=...
+    torchrun --nproc_per_node=8 -- train.py --run=...                       # one node
+    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d \\
+             --rdzv_endpoint=HOST:29500 -- train.py --run=...               # eight nodes
 
-One process is the same program: every function here then does the obvious thing. gloo on CPU, NCCL on GPUs; all of it
-is torch.distributed's, nothing is home-made. Next: resume.py.
+With one process the same program runs, and every function here does the obvious thing. gloo on
+CPUs, NCCL on GPUs. Collective: a function that all processes must call. Next: plumbing/resume.py.
 """
 
 import os
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -32,25 +34,34 @@ def start_processes(cfg):
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=cfg.timeout)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=cfg.timeout)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
-        elif cfg.dtype != "float32":  # FSDP gives us mixed precision too, and wants a group, be it of one
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        elif cfg.dtype != "float32":
+            # FSDP also does the mixed precision, and needs a process group, even of size one
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            dist.init_process_group(backend, timeout=timeout, **alone)
     return device
 
 
 def pick_device(name):
-    """--device -> torch.device ("": cuda if there is one, else cpu); of several GPUs the one torchrun means for this
-    process. Raises InputError if it is not on this machine."""
+    """--device -> torch.device; "": cuda if there is one, else cpu.
+
+    Of several GPUs the one that torchrun assigns to this process. Raises InputError if it is not on
+    this machine.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # no such name, no driver, torch without CUDA, too few GPUs
+    except (RuntimeError, AssertionError) as error:
+        # no such name, no driver, torch without CUDA, too few GPUs
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--device={name}: not on this machine, or no device at all ({reason})") from None
+        raise InputError(
+            f"--device={name}: not on this machine, or no device at all ({reason})"
+        ) from None
     return device
 
 
@@ -62,7 +73,7 @@ def pick_dtype(name, device):
 
 
 def end_processes():
-    """Threads that still listen when the interpreter is gone can turn a good end into an abort."""
+    """Leave the process group: threads still listening at exit can crash the interpreter."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -75,26 +86,94 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+# -------------------------------------------------------------------------------------------------
+# A student over several processes, and compiled
+
+
 def parallelize(cfg, student, device):
     """Cut each block over the processes with FSDP2, then the rest (embedding, norm, head) as one.
 
-    Float32 shards and optimizer state; blocks compute in cfg.dtype. One float32 process needs none of it.
+    Float32 shards and optimizer state; blocks compute in cfg.dtype. One float32 process needs none
+    of it.
     """
     for block in student.model.layers:
         block.checkpoint_activations = cfg.checkpoint_activations
-        if cfg.compile:
-            block.compile()  # before fully_shard, whose hooks would break the graph; parameter names stay
+    if cfg.compile:
+        compile_blocks(student)
     if world_size() == 1 and cfg.dtype == "float32":
         return
     mesh = init_device_mesh(device.type, (world_size(),))
     # cast_forward_inputs would round RoPE's cos and sin to bfloat16
-    policy = MixedPrecisionPolicy(getattr(torch, cfg.dtype), torch.float32, cast_forward_inputs=False)
+    dtype = getattr(torch, cfg.dtype)
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for part in [*student.model.layers, student]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
     for module in student.modules():
-        if isinstance(module, FSDPModule):  # plain sums: train_step has divided by the global token count already
+        if isinstance(module, FSDPModule):
+            # plain sums: train_step has divided by the global token count already
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+class Compiler:
+    """torch.compile's backend for the blocks, which counts what it compiled and what then runs."""
+
+    def __init__(self):
+        self.seconds = 0.0  # spent in compiling
+        self.calls = 0  # of compiled code
+        self.inductor = torch._dynamo.lookup_backend("inductor")
+
+    def __call__(self, graph, inputs):
+        tick = time.time()
+        code = self.inductor(graph, inputs)
+        self.seconds += time.time() - tick
+
+        def run(*given):
+            self.calls += 1
+            return code(*given)
+
+        return run
+
+
+def compile_blocks(student):
+    """torch.compile each block: `block.ran_compiled` then says whether its last pass was compiled.
+
+    torch falls back to eager code without an error once a block was compiled for too many kinds of
+    input (torch._dynamo.config.recompile_limit). So it is counted, not assumed.
+    """
+    student.compiler = compiler = Compiler()
+
+    def counted(block, forward):
+        def call(*inputs):
+            before = compiler.calls
+            out = forward(*inputs)
+            block.ran_compiled = compiler.calls > before
+            return out
+
+        return call
+
+    for block in student.model.layers:
+        # the forward alone: FSDP's hooks, which run around it, would break the graph
+        compiled = torch.compile(block.forward, backend=compiler)
+        block.forward = counted(block, compiled)
+        block.ran_compiled = False
+
+
+def compiled_blocks(student):
+    """How many blocks ran compiled code in their last forward pass."""
+    return sum(getattr(block, "ran_compiled", False) for block in student.model.layers)
+
+
+def eager():
+    """In this block nothing is compiled: for sampling, whose caches grow with every token.
+
+    Each length would be compiled anew, until torch gives up compiling the blocks altogether.
+    """
+    return torch.compiler.set_stance("force_eager")
+
+
+# -------------------------------------------------------------------------------------------------
+# Agreeing
 
 
 def all_reduce(number, device):
@@ -119,18 +198,19 @@ def gather(value):
 def in_step(student):
     """In this block each process may call `student` as often as its own work takes.
 
-    A forward pass of a sharded student needs every process. So each pass begins with a word to the others, and who has
-    finished takes part in theirs, on one token for nobody, until all have.
+    A forward pass of a sharded student needs every process. So each pass is announced by an
+    all-reduce, and processes that have finished join with a dummy token until all have.
     """
     if world_size() == 1:
         yield
         return
     device = next(student.parameters()).device
 
-    def tell(*_):
+    def announce(*_):
         all_reduce(1, device)
 
-    hook = student.register_forward_pre_hook(tell, prepend=True)  # before FSDP's own, which already gathers weights
+    # before FSDP's own hook, which gathers weights
+    hook = student.register_forward_pre_hook(announce, prepend=True)
     try:
         yield
     finally:
@@ -171,7 +251,7 @@ def barrier():
 
 
 def grad_norm(student):
-    """The norm of all gradients over all processes, as a tensor; of shards it is no partial one."""
+    """The norm of all gradients over all processes, as a tensor."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -181,22 +261,88 @@ def exists(path):
     return on_process_0(path.exists)
 
 
+# -------------------------------------------------------------------------------------------------
+# Asked to stop
+
+
+class Interrupted(Exception):
+    """Raised by a forward pass, in all processes at once, when a signal has asked to stop."""
+
+
 class Interrupt:
-    """Ctrl-C (or SIGTERM) lets the step finish; then the loop saves and stops. A second one stops at once."""
+    """`with Interrupt() as interrupt:` signals no longer end the process; they ask it to stop.
+
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP all ask to save and stop. Schedulers send theirs more than
+    once (Slurm to every process, torchrun to its workers, again), so only a second Ctrl-C, at least
+    half a second after the first, raises KeyboardInterrupt. A worker whose torchrun has died is
+    asked to stop, too.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+    def __init__(self):
+        self.signalled = False
+        self.ctrl_c = None  # when the first one came
+        self.before = {}  # {signal: its handler before}
+        self.parent = os.getppid()
 
     def __enter__(self):
-        self.asked, self.before = False, {}
-        if threading.current_thread() is threading.main_thread():  # signals belong to the main thread
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.handle)
+        if threading.current_thread() is not threading.main_thread():
+            return self  # signals belong to the main thread
+        for number in self.SIGNALS:
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+                self.before[number] = before
+                signal.signal(number, self.handle)
         return self
-
-    def handle(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self.ctrl_c is not None and now - self.ctrl_c > 0.5:
+                raise KeyboardInterrupt
+            self.ctrl_c = self.ctrl_c or now
+        if not self.signalled:
+            name = signal.Signals(number).name
+            tell(f"\n{name}: saving, then stopping; Ctrl-C once more stops at once\n")
+        self.signalled = True
+
+    def asked(self):
+        """Has this process been asked to stop?"""
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        return self.signalled or (under_torchrun and os.getppid() != self.parent)
+
+    def asked_anywhere(self, device):
+        """Has any process been asked to stop? The same answer on all of them. Collective."""
+        return all_reduce(self.asked(), device) > 0
+
+    @contextmanager
+    def heard(self, student):
+        """In this block a forward pass of `student` raises Interrupted if any process was asked.
+
+        All processes must make the same number of passes, as FSDP asks of them anyway.
+        """
+        device = next(student.parameters()).device
+
+        def ask(*_):
+            if self.asked_anywhere(device):
+                raise Interrupted
+
+        # before FSDP's own hook, which gathers weights
+        hook = student.register_forward_pre_hook(ask, prepend=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def tell(text):
+    """To stderr from a signal handler, where print could be in the middle of printing."""
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        pass  # the terminal is gone: that is what SIGHUP says

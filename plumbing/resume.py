@@ -1,17 +1,18 @@
-"""Exact resume: after a kill, a full disk or a dead node, `--resume=true` goes on as if nothing had happened.
+"""Exact resume: after a kill, a full disk or a dead node, --resume=true continues as if undisturbed.
 
-    python train.py --run=sft --resume_every=10 ...      # a resume state every 10 steps, and at the end or on Ctrl-C
-    python train.py --run=sft --resume=true              # go on from the newest complete one, with the run's own keys
+    python train.py --run=sft --resume_every=10 ...   # a state every 10 steps, before recording, at the end
+    python train.py --run=sft --resume=true           # continue from the newest complete state
 
-    runs/sft/resume/000040/*.safetensors    parameters and AdamW's two moments after 40 updates, as processes held them
+    runs/sft/resume/000040/*.safetensors    parameters and AdamW's two moments after 40 updates
     runs/sft/resume/000040/manifest.json    size and sha256 of each of these files
 
-torch.distributed.checkpoint writes and reads the tensors and cuts them anew for another number of processes; as
-safetensors, so nothing is unpickled. A state is written aside, flushed, listed in its manifest and only then gets its
-name; older ones go after that. Nothing random is stored: the order of examples, the noise and the sampling are pure
-functions of (seed, step, example). What the log, trajectory/ and checkpoints/ hold beyond the state is forgotten and
-done again, so that a resumed run is the uninterrupted one: bit for bit on as many CPU processes and threads.
-Next: select.py.
+torch.distributed.checkpoint writes the tensors as the processes held them and cuts them anew for
+another number of processes; as safetensors, so nothing is unpickled. A state is written aside,
+flushed, listed in its manifest, and only then gets its name; older states go after that. Nothing
+random is stored: the order of examples, the noise and the sampling are pure functions of (seed,
+step, example). Whatever log, trajectory/ and checkpoints/ hold beyond the state is removed and done
+again, so the resumed run is the uninterrupted one: bit for bit on as many CPU processes and threads.
+Next: plumbing/memory.py.
 """
 
 import fcntl
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,42 +37,109 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from plumbing.config import InputError, read_json, whole_file, write_json
 from plumbing.parallel import gather, on_process_0, rank, stop, world_size
-from plumbing.runs import mask_hash
+from plumbing.runs import checkpoint, mask_hash
 
-# keys that change no result (but rounding), so a resumed run may have others
-FREE = {"resume_every", "keep_checkpoints", "micro_batch_size", "sample_batch_size", "device", "compile", "packing",
-        "checkpoint_activations", "max_row_tokens", "timeout", "dry_run", "gpus", "gpu_memory_gib"}  # fmt: skip
+# keys that change no result, except by rounding: a resumed run may have others
+FREE = {
+    "resume_every",
+    "keep_checkpoints",
+    "micro_batch_size",
+    "sample_batch_size",
+    "device",
+    "compile",
+    "packing",
+    "checkpoint_activations",
+    "max_row_tokens",
+    "timeout",
+    "lock",
+    "dry_run",
+    "gpus",
+    "gpu_memory_gib",
+}
+# keys of the updates only: what was recorded at a checkpoint before stays true when they change
+OF_UPDATES = {
+    "steps",
+    "batch_size",
+    "lr",
+    "schedule",
+    "warmup_steps",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "clip",
+    "record_every",
+    "save_every",
+}
+
+
+@dataclass
+class Start:
+    """What a run begins with: nothing, or what it had at its newest state."""
+
+    step: int = 0  # updates that were made
+    bottleneck: tuple | None = None  # (train accuracy, step), the lowest recorded after step 0
+    accuracy: float | None = None  # train accuracy, the last one recorded
+    recorded: bool = False  # was this step recorded already?
+
+
+# -------------------------------------------------------------------------------------------------
+# One process a run
 
 
 @contextmanager
-def lock(folder):
-    """Nobody else trains in `folder` while this block runs. The kernel lets go of the lock when the process dies."""
+def lock(folder, wanted=True):
+    """No other process trains in `folder` while this block runs.
+
+    The kernel drops the lock when the process dies. If the block fails before anything was written,
+    the folder is removed again. wanted = False: no lock, for file systems that have none.
+    Raises InputError if another process holds the lock, or the file system has no locks.
+    """
     file = None
 
     def take():
         nonlocal file
         folder.mkdir(parents=True, exist_ok=True)
+        if not wanted:
+            return
         file = open(folder / "lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{folder}: another process is training this run right now") from None
+            raise InputError(
+                f"{folder}: another process is training this run right now"
+            ) from None
+        except OSError as error:  # no flock: some network and cluster file systems
+            raise InputError(
+                f"{folder}: this file system cannot lock ({error.strerror}); --lock=false trains "
+                "without, if nothing else trains this run"
+            ) from None
+
+    def leave():
+        if file is not None:
+            file.close()
+        left = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+        if left is not None and left <= {"lock"}:
+            (folder / "lock").unlink(missing_ok=True)
+            os.removedirs(folder)
 
     try:
         on_process_0(take)
         yield
     finally:
-        if file is not None:
-            file.close()
+        if rank() == 0:
+            leave()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # A state: written, found, read
 
 
 def tensors(student, optimizer):
-    """{name: tensor} of all that an update reads and writes; AdamW's count of updates is the step itself."""
-    found = {}
+    """{name: tensor} of all that an update reads and writes, and the student's buffers.
+
+    AdamW's count of updates is the step itself.
+    """
+    found = dict(student.named_buffers())
     for name, parameter in student.named_parameters():
         found[name] = parameter.detach()
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -80,9 +148,13 @@ def tensors(student, optimizer):
 
 
 def save(folder, student, optimizer, step, keep):
-    """Write resume/<step>/; then forget all but the newest `keep` states. Every process must call this."""
+    """Write resume/<step>/; then remove all but the newest `keep` states. Collective.
+
+    Raises InputError, and leaves nothing behind, if it cannot be written.
+    """
     home = folder / "resume"
-    aside, path = home / f".{step:06d}.tmp", home / f"{step:06d}"
+    aside = home / f".{step:06d}.tmp"
+    path = home / f"{step:06d}"
 
     def clear():
         shutil.rmtree(aside, ignore_errors=True)
@@ -97,12 +169,17 @@ def save(folder, student, optimizer, step, keep):
         for old in states(folder)[keep:]:
             forget(old)
 
-    on_process_0(clear)
-    writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-    with one_line(f"{path}: cannot be written; the states before it are untouched"):
-        dcp.save(tensors(student, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
-    files = hashes(aside)
-    on_process_0(complete)
+    try:
+        on_process_0(clear)
+        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        alone = not dist.is_initialized()
+        with one_line(f"{path}: cannot be written; the states before it are untouched"):
+            dcp.save(tensors(student, optimizer), storage_writer=writer, no_dist=alone)
+        files = hashes(aside)
+        on_process_0(complete)
+    finally:
+        if rank() == 0:  # half a state is of no use, and its room may be what the disk lacks
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def states(folder):
@@ -110,8 +187,13 @@ def states(folder):
     return sorted((folder / "resume").glob("[0-9]*"), reverse=True)
 
 
+def has(folder, step):
+    """Is there a state of this step? Collective."""
+    return on_process_0((folder / "resume" / f"{step:06d}").exists)
+
+
 def newest(folder):
-    """The step of the newest complete state; 0 if there is no state, so that the run begins again.
+    """The step of the newest complete state; 0 if there is none, so that the run begins again.
 
     Names every damaged file. Raises InputError if there are states and all of them are damaged.
     """
@@ -128,7 +210,7 @@ def newest(folder):
 
 
 def damage(path):
-    """What is wrong with a state, naming the file, or None: sizes and sha256 against its manifest."""
+    """What is wrong with a state, naming the file, or None: size and sha256 against its manifest."""
     manifest = on_process_0(lambda: read_manifest(path))
     if isinstance(manifest, str):
         return manifest
@@ -147,7 +229,8 @@ def read_manifest(path):
     """The manifest, or what is wrong with it as text."""
     try:
         manifest = read_json(path / "manifest.json")
-        if manifest["step"] == int(path.name) and all(len(pair) == 2 for pair in manifest["files"].values()):
+        pairs = all(len(pair) == 2 for pair in manifest["files"].values())
+        if manifest["step"] == int(path.name) and pairs:
             return manifest
     except InputError as error:
         return str(error)
@@ -160,12 +243,15 @@ def load(folder, step, student, optimizer):
     """Fill student and optimizer with the state of `step`, each process its own part."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            count = torch.tensor(float(step), device=p.device)
-            optimizer.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state = {"step": torch.tensor(float(step), device=p.device)}
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+            optimizer.state[p] = state
     path = folder / "resume" / f"{step:06d}"
+    reader = HuggingFaceStorageReader(str(path))
+    alone = not dist.is_initialized()
     with one_line(f"{path}: not a state of this student"):
-        reader = HuggingFaceStorageReader(str(path))
-        dcp.load(tensors(student, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
+        dcp.load(tensors(student, optimizer), storage_reader=reader, no_dist=alone)
 
 
 @contextmanager
@@ -173,7 +259,7 @@ def one_line(message):
     """What torch.distributed.checkpoint reports from all processes, as one line from one of them."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is only one process is no news
+            warnings.simplefilter("ignore")  # it warns when there is only one process
             yield
     except CheckpointException as error:
         stop(f"{message} ({next(iter(error.failures.values()))[0]})")
@@ -182,7 +268,8 @@ def one_line(message):
 def hashes(path):
     """{file: [bytes, sha256]} of a folder's safetensors; the processes share the work."""
     mine = {}
-    for name in sorted(p.name for p in path.glob("*.safetensors"))[rank() :: world_size()]:
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    for name in names[rank() :: world_size()]:
         with open(path / name, "rb") as file:
             digest = hashlib.sha256()
             while block := file.read(2**20):
@@ -201,7 +288,7 @@ def flush_folder(path):
 
 
 def forget(path):
-    """Remove a state so that what is half removed has no name."""
+    """Remove a state. Renamed before it is deleted: a half-deleted state is never found."""
     if path.exists():
         gone = path.with_name(f".{path.name}.old")
         shutil.rmtree(gone, ignore_errors=True)
@@ -209,30 +296,119 @@ def forget(path):
         shutil.rmtree(gone)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run around a state
+# -------------------------------------------------------------------------------------------------
+# The log
 
 
-def differences(before, now):
-    """[(key, then, now)] of two config.json that would make the resumed run another run."""
-    found = [(key, before["config"].get(key), value) for key, value in now["config"].items()
-             if key not in FREE and before["config"].get(key) != value]  # fmt: skip
-    for key, label in (("sha256", "the training data"), ("eval_sha256", "the data of eval_data"),
-                       ("tokenizer_hash", "the tokenizer"), ("selection_sha256", "the selection's mask"),
-                       ("model_sha256", "the student's config.json")):  # fmt: skip
-        if before.get(key) != now.get(key):
-            found.append((label, before.get(key), now.get(key)))
-    if before["versions"]["torch"] != now["versions"]["torch"]:
-        found.append(("torch", before["versions"]["torch"], now["versions"]["torch"]))
-    return found
+class Log:
+    """log.jsonl, one line per update and per record; only process 0 writes.
 
-
-def rewind(cfg, folder, step, changed):
-    """Take the run folder back to what it was when it had made `step` updates and recorded nothing at them yet.
-
-    -> (lowest (accuracy, step) or None, last accuracy or None). Raises InputError if log.jsonl lacks a line.
+    Raises InputError for a line that cannot be written, such as on a full disk.
     """
-    log, kept = folder / "log.jsonl", []
+
+    def __init__(self, folder):
+        self.path = folder / "log.jsonl"
+        self.file = None
+
+    def __enter__(self):
+        if rank() == 0:
+            self.file = open(self.path, "a", encoding="utf-8")
+        return self
+
+    def write(self, line):
+        if self.file is None:
+            return
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror}); make room, then --resume=true"
+            ) from None
+
+    def __exit__(self, *error):
+        if self.file is not None:
+            try:
+                self.file.close()
+            except OSError:
+                pass  # the line that could not be written was reported
+
+
+# -------------------------------------------------------------------------------------------------
+# The run folder around a state
+
+
+def start(run, step):
+    """Write or check config.json, and take the folder back to `step` -> Start. Collective."""
+    changes = start_run(run)
+    stale = any(key not in OF_UPDATES for key, _, _ in changes)
+
+    def back():
+        lowest, accuracy = rewind(run.cfg, run.folder, step, stale)
+        return lowest, accuracy, recorded_at(run.folder, step)
+
+    lowest, accuracy, recorded = on_process_0(back)
+    return Start(step, lowest, accuracy, recorded)
+
+
+def clean(folder):
+    """Remove what a killed process left half-written, before anything new needs the room."""
+
+    def remove():
+        for name in (".", "checkpoints", "trajectory", "resume"):
+            for path in (folder / name).glob(".*"):
+                if path.suffix in PARTIAL:
+                    continue
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    on_process_0(remove)
+
+
+PARTIAL = (".logprob", ".answers")  # a recording that was interrupted: continued, not begun again
+
+
+def rewind(cfg, folder, step, stale=False):
+    """Take the run folder back to when the run had made `step` updates.
+
+    stale: what was recorded at `step` is no longer true, because the keys have changed.
+    Returns the lowest (accuracy, step) or None, and the last accuracy or None.
+    Raises InputError if log.jsonl lacks a line.
+    """
+    log = folder / "log.jsonl"
+    kept = read_log(log, step)
+    here = folder / "trajectory" / f"{step:06d}.npz"
+    if stale or not here.exists():
+        kept = [(line, e) for line, e in kept if "event" not in e or e["step"] < step]
+    with whole_file(log) as aside:
+        text = "".join(line + "\n" for line, _ in kept)
+        aside.write_text(text, encoding="utf-8")
+
+    records = []
+    for _, entry in kept:
+        if entry.get("event") == "record" and entry["accuracy"] is not None:
+            records.append((entry["accuracy"], entry["step"]))
+    after_0 = [(accuracy, at) for accuracy, at in records if at > 0]
+    lowest = min(after_0, default=None)  # ties go to the earliest
+    recorded = any(e["step"] == step for _, e in kept if "event" in e)
+
+    for path in (folder / "checkpoints").glob("[0-9]*"):
+        if not is_kept(cfg, folder, int(path.name), step, lowest):
+            shutil.rmtree(path)
+    for path in (folder / "trajectory").glob("*"):
+        at = int(path.name.strip(".").partition(".")[0])
+        beyond = at > step and path.suffix not in PARTIAL
+        unfinished = at == step and not recorded and path.suffix not in PARTIAL
+        if beyond or unfinished or (stale and at >= step):
+            path.unlink()
+    damaged = [path for path in states(folder) if int(path.name) > step]
+    for path in [*damaged, *states(folder)[len(damaged) + cfg.keep_checkpoints :]]:
+        forget(path)  # or a later resume would start from a damaged one
+    return lowest, records[-1][0] if records else None
+
+
+def read_log(log, step):
+    """The lines of log.jsonl up to `step`: [(line, what it says)]; InputError if one is missing."""
+    kept = []
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -241,74 +417,162 @@ def rewind(cfg, folder, step, changed):
             if number == text.count("\n") + 1:
                 break  # the kill came in the middle of this line
             raise InputError(f"{log}, line {number}: not JSON; the log is damaged") from None
-        if entry["step"] < step or (entry["step"] == step and "event" not in entry):
+        if entry["step"] <= step:
             kept.append((line, entry))
     updates = [entry["step"] for _, entry in kept if "event" not in entry]
     if updates != list(range(1, step + 1)):
         missing = next(s for s in range(1, step + 2) if updates[s - 1 : s] != [s])
-        raise InputError(f"{log}: the line of step {missing} is missing or there twice; the log is damaged")
-    with whole_file(log) as aside:
-        aside.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
-    records = [(e["accuracy"], e["step"]) for _, e in kept if e.get("event") == "record" and e["accuracy"] is not None]
-    lowest = min((r for r in records if r[1] > 0), default=None)  # of equals the earliest
-    keep = {lowest[1]} if lowest else set()
-    for path in (folder / "checkpoints").glob("[0-9]*"):
-        at = int(path.name)
-        if at > step or not (at in keep or at == cfg.steps or (cfg.save_every and at % cfg.save_every == 0)):
-            shutil.rmtree(path)
-    for path in (folder / "trajectory").glob("*"):
-        at, partial = int(path.name.strip(".").partition(".")[0]), path.name.endswith(".logprob")
-        if (at >= step and changed) or (at > step and not partial):
-            path.unlink()
-    for path in [p for where in (".", "checkpoints", "trajectory", "resume") for p in (folder / where).glob(".*")]:
-        if not path.name.endswith(".logprob"):  # all others are what a kill left behind
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    damaged = [path for path in states(folder) if int(path.name) > step]  # or this run would go on from there
-    for path in [*damaged, *states(folder)[len(damaged) + cfg.keep_checkpoints :]]:
-        forget(path)
-    return lowest, records[-1][0] if records else None
+        raise InputError(
+            f"{log}: the line of step {missing} is missing or there twice; the log is damaged"
+        )
+    return kept
+
+
+def recorded_at(folder, step):
+    """Does the log say that this step was recorded?"""
+    return any(e["step"] == step for _, e in read_log(folder / "log.jsonl", step) if "event" in e)
+
+
+def is_kept(cfg, folder, at, step, lowest):
+    """Does a run that is taken back to `step` keep the checkpoint of step `at`?"""
+    if at > step:
+        return False
+    asked_for = cfg.save_every and at % cfg.save_every == 0
+    return bool(asked_for or at in ends(folder) or (lowest and at == lowest[1]))
+
+
+def ends(folder):
+    """The last step that was asked for, and those asked for before it was changed."""
+    made = read_json(folder / "config.json")
+    found = {made["config"]["steps"]}
+    for once in made.get("resumed", []):
+        found |= {then for key, then, _ in once["changes"] if key == "steps"}
+    return found
+
+
+def remove_checkpoint(cfg, folder, lowest):
+    """Remove the former bottleneck's checkpoint, unless it is kept for another reason."""
+
+    def remove():
+        if not is_kept(cfg, folder, lowest[1], lowest[1], None):
+            shutil.rmtree(checkpoint(folder, lowest[1]), ignore_errors=True)
+
+    if lowest:
+        on_process_0(remove)
+
+
+# -------------------------------------------------------------------------------------------------
+# config.json
 
 
 def start_run(run):
-    """Write runs/<run>/config.json -> has anything changed since it was written?
+    """Write runs/<run>/config.json -> the changes since it was first written, [(key, then, now)].
 
-    A run that is already there is never written over. With --resume=true it is gone on with, if keys, data, tokenizer
-    and selection are what they were; with --allow_changes=true whatever they are, and config.json says so.
+    An existing run is never overwritten. --resume=true continues it if keys, data, tokenizer and
+    selection are unchanged; --allow_changes=true whatever they are, and config.json says so.
     """
-    cfg, folder, sha256 = run.cfg, run.folder, hashlib.sha256
-    git = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    keys = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "allow_changes")}
-    now = {
-        "config": keys, "command": sys.argv, "git": commit,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "sha256": run.train_set.sha256, "tokenizer_hash": run.tokenizer.hash,
-        "eval_sha256": run.eval_set and run.eval_set.sha256,
-        "selection_sha256": " ".join(mask_hash(m) for m in (run.selected, run.forced) if m is not None) or None,
-        "model_sha256": sha256(json.dumps(run.shape.raw, sort_keys=True).encode()).hexdigest(),
-    }  # fmt: skip
+    cfg = run.cfg
+    path = run.folder / "config.json"
+    now = describe(run)
+    if cfg.record_every and not on_process_0(path.exists):
+        # by these a later run of the same student knows that it need not record step 0 again
+        now["weights"] = hashes(run.source)
 
     def write():
-        path = folder / "config.json"
         if not path.exists():
-            (folder / "trajectory").mkdir(exist_ok=True)
+            (run.folder / "trajectory").mkdir(exist_ok=True)
             write_json(path, now)
-            return False
+            return []
         if not cfg.resume:
-            raise InputError(f"{folder}: this run exists; --resume=true goes on with it, or give --run another name, "
-                             "or delete the folder")  # fmt: skip
+            raise InputError(
+                f"{run.folder}: this run exists; --resume=true goes on with it, "
+                "or give --run another name, or delete the folder"
+            )
         before = read_json(path)
         changes = differences(before, now)
         if changes and not cfg.allow_changes:
             text = "; ".join(f"{key}: then {then}, now {value}" for key, then, value in changes)
-            raise InputError(f"{folder}: not the run it was ({text}); --allow_changes=true goes on all the same")
-        if commit != before.get("git"):
-            print(f"the code is not the one that started this run: {before.get('git')}, now {commit}")
-        history = [*before.get("resumed", []), {"command": sys.argv, "git": commit, "changes": changes}]
-        write_json(path, {**now, "command": before["command"], "git": before.get("git"), "resumed": history})
-        return bool(changes)
+            raise InputError(
+                f"{run.folder}: not the run it was ({text}); --allow_changes=true goes on all the same"
+            )
+        if now["git"] != before.get("git"):
+            print(
+                f"the code is not the one that started this run: {before.get('git')}, "
+                f"now {now['git']}"
+            )
+        once = {"command": sys.argv, "git": now["git"], "changes": changes}
+        first = {key: before[key] for key in ("command", "git", "weights") if key in before}
+        write_json(path, {**now, **first, "resumed": [*before.get("resumed", []), once]})
+        return changes
 
     return on_process_0(write)
+
+
+def describe(run):
+    """What config.json says of a run: its keys, the command, versions, hashes of all it reads."""
+    keys = {k: v for k, v in asdict(run.cfg).items() if k not in ("resume", "allow_changes")}
+    shape = json.dumps(run.shape.raw, sort_keys=True)
+    masks = [mask for mask in (run.selected, run.forced) if mask is not None]
+    return {
+        "config": keys,
+        "command": sys.argv,
+        "git": git_state(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "sha256": run.train_set.sha256,
+        "tokenizer_hash": run.tokenizer.hash,
+        "eval_sha256": run.eval_set and run.eval_set.sha256,
+        "selection_sha256": " ".join(mask_hash(mask) for mask in masks) or None,
+        "model_sha256": hashlib.sha256(shape.encode()).hexdigest(),
+    }
+
+
+def git_state():
+    """The commit this code is from, or "" without git."""
+    root = Path(__file__).parent.parent
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+HASHED = {
+    "sha256": "the training data",
+    "eval_sha256": "the data of eval_data",
+    "tokenizer_hash": "the tokenizer",
+    "selection_sha256": "the selection's mask",
+    "model_sha256": "the student's config.json",
+}
+
+
+def differences(before, now):
+    """[(key, then, now)] of two config.json that would make the resumed run another run.
+
+    A key that the older one lacks is new in the code; then its default was in force.
+    """
+    found = []
+    for key, value in now["config"].items():
+        then = before["config"].get(key)
+        if key not in FREE and then != value and not (key not in before["config"] and not value):
+            found.append((key, then, value))
+    for key, label in HASHED.items():
+        if before.get(key) != now.get(key):
+            found.append((label, before.get(key), now.get(key)))
+    if before["versions"]["torch"] != now["versions"]["torch"]:
+        found.append(("torch", before["versions"]["torch"], now["versions"]["torch"]))
+    return found
+
+
+def records_alike(before, now, of_training):
+    """Would two runs record the same of theta_0? Names and paths may differ, contents may not.
+
+    of_training: more keys that have no effect on what is recorded.
+    """
+    if before.get("weights") is None or before["weights"] != now.get("weights"):
+        return False
+    free = OF_UPDATES | {"run", "model", "data", "eval_data", "selection", "the selection's mask"}
+    return all(key in free | of_training for key, _, _ in differences(before, now))

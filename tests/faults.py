@@ -38,7 +38,8 @@ from plumbing import resume  # noqa: E402
 from plumbing.config import command  # noqa: E402
 
 PARTS = {"step": (train, "train_step"), "state": (resume, "save"), "checkpoint": (model, "save"),
-         "sweep": (trajectory, "sweep"), "evaluation": (evaluation, "evaluate"),
+         "sweep": (trajectory, "sweep"), "pass": (trajectory, "score"),
+         "evaluation": (evaluation, "evaluate"),
          "rewind": (resume, "rewind")}  # fmt: skip
 
 
@@ -46,7 +47,7 @@ PARTS = {"step": (train, "train_step"), "state": (resume, "save"), "checkpoint":
 # A child that can be killed
 
 
-def child(keys, beacon, output):
+def child(keys, beacon, output, slow_part="", slower=0):
     """Fork a process that trains, and tells in `beacon` how often each part was entered -> its pid."""
     pid = os.fork()
     if pid:
@@ -56,9 +57,12 @@ def child(keys, beacon, output):
         for number in (1, 2):
             os.dup2(output.fileno(), number)
         for i, (module, name) in enumerate(PARTS.values()):
-            setattr(module, name, counted(getattr(module, name), beacon, i))
+            slow = slower if list(PARTS)[i] == slow_part else 0
+            setattr(module, name, counted(getattr(module, name), beacon, i, slow))
         train.main(**keys)
         code = 0
+    except KeyboardInterrupt:
+        code = 130  # as plumbing.config.command has it
     except Exception:
         traceback.print_exc()
     finally:
@@ -66,27 +70,35 @@ def child(keys, beacon, output):
         os._exit(code)
 
 
-def counted(function, beacon, i):
+def counted(function, beacon, i, slower=0):
     def call(*args, **given):
         beacon[i] += 1
+        time.sleep(slower)
         return function(*args, **given)
     return call
 
 
-def kill_in(keys, part, nth, delay):
-    """Train; kill -9 `delay` seconds after `part` was entered for the nth time -> was it killed before it ended?"""
+def kill_in(keys, part, nth, delay, signals=(signal.SIGKILL,), slower=0):
+    """Train; kill `delay` seconds after `part` was entered for the nth time -> was it stopped before it ended?
+
+    signals   sent one after the other; kill -9 by default
+    slower    every call of `part` takes so many seconds more
+    """
     beacon, where = mmap.mmap(-1, len(PARTS)), list(PARTS).index(part)
     with tempfile.TemporaryFile("w+") as output:
-        pid = child(keys, beacon, output)
+        pid = child(keys, beacon, output, part, slower)
         while beacon[where] < nth:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 return ended(status, output)
             time.sleep(0.0005)
         time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
+        for number in signals:
+            os.kill(pid, number)
+            time.sleep(0.02)
         status = os.waitpid(pid, 0)[1]
-        return True if os.WIFSIGNALED(status) else ended(status, output)
+        stopped = os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 130
+        return True if stopped else ended(status, output)
 
 
 def ended(status, output):

@@ -1,11 +1,13 @@
 """resume.py: a run that was killed, cut off or damaged goes on as if nothing had happened, or says why it cannot."""
 
+import errno
 import fcntl
 import json
 import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -107,7 +109,7 @@ def test_an_interrupted_run_goes_on(here, monkeypatch):
 
     def interrupted(cfg, student, optimizer, batches, step):
         if step == 4:
-            os.kill(os.getpid(), train.signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
         return step_of(cfg, student, optimizer, batches, step)
 
     monkeypatch.setattr(train, "train_step", interrupted)
@@ -299,6 +301,31 @@ def test_changes_that_are_allowed_are_written_down(here):
         pytest.approx(next(w["lr"] for w in whole if w["step"] == 8 and "lr" in w) / 2)]
 
 
+def test_asking_for_more_steps_loses_nothing(here):
+    """A finished run of 9 goes on to 12: checkpoint 9, its record and its answers stay as they are."""
+    before = {p: p.read_bytes() for p in Path("runs/whole-ar").rglob("*") if p.is_file() and "0009" in str(p)}
+    kept = [p for p in before if "resume" not in p.parts]
+    assert {p.parts[2] for p in kept} == {"checkpoints", "trajectory"}
+    lines = log("whole-ar")
+    train.main(run="whole-ar", resume=True, steps=12, allow_changes=True)
+    train.main(run="whole-ar", resume=True, steps=13, allow_changes=True)
+    assert all(p.read_bytes() == before[p] for p in kept)
+    assert log("whole-ar")[: len(lines)] == lines
+    assert [line["step"] for line in log("whole-ar") if "loss" in line] == list(range(1, 14))
+    ends = {p.name for p in Path("runs/whole-ar/checkpoints").iterdir()}
+    assert {"000009", "000012", "000013"} <= ends
+    with pytest.raises(InputError, match="--steps=10: this run has made 13 updates already"):
+        train.main(run="whole-ar", resume=True, steps=10, allow_changes=True)
+    assert {p.name for p in Path("runs/whole-ar/checkpoints").iterdir()} == ends
+
+
+def test_a_finished_run_that_is_resumed_does_nothing_again(here, monkeypatch):
+    before = log("whole-ar")
+    monkeypatch.setattr(trajectory, "score", None)
+    train.main(run="whole-ar", resume=True)
+    assert log("whole-ar") == before
+
+
 def test_keys_that_change_no_result_may_change(here):
     stop_at(5)
     train.main(run="cut", resume=True, micro_batch_size=4, resume_every=3, keep_checkpoints=1)
@@ -354,6 +381,7 @@ def test_files_that_may_not_grow(here, limit, what):
     code, printed = in_child(limited)
     assert code == 1 and re.search(f"^error: .*({what})", printed, re.M) and "Traceback" not in printed, printed
     assert resume.states(Path("runs/cut"))[0].name == "000004"
+    assert not list(Path("runs/cut/resume").glob(".*"))
     train.main(run="cut", resume=True)
     faults.same("whole-ar", "cut")
 
@@ -369,6 +397,15 @@ def test_a_full_disk(here):
         os.chdir("small")
         code, printed = in_child(lambda: shell(run="cut", **KEYS))
         assert code == 1 and re.search("^error: .*No space left", printed, re.M) and "Traceback" not in printed, printed
+        assert not list(Path("runs/cut").rglob("resume/.*"))  # half a state would only take room
+        with pytest.raises(OSError), open("filler", "wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        code, printed = in_child(lambda: shell(run="cut", resume=True))
+        said = [line for line in printed.splitlines() if line.startswith("error: ")]
+        assert code == 1 and len(said) == 1 and "Traceback" not in printed, printed
+        assert "cannot be written (No space left on device)" in said[0]
         shutil.copytree("runs/cut", here / "runs/cut", ignore=lambda folder, names: {"lock"} & set(names))
         os.chdir(here)
         train.main(run="cut", resume=True)
@@ -386,6 +423,31 @@ def test_two_runs_in_one_folder(here):
             train.main(run="cut", resume=True)
     train.main(run="cut", resume=True)  # whoever held it is gone
     faults.same("whole-ar", "cut")
+
+
+def test_a_file_system_without_locks(here, monkeypatch):
+    def no_locks(file, how):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    message = "runs/new: this file system cannot lock (.*not supported); --lock=false trains without"
+    with pytest.raises(InputError, match=message):
+        train.main(run="new", **KEYS)
+    assert not Path("runs/new").exists()
+    train.main(run="new", lock=False, **KEYS)
+    Path("runs/new/lock").touch()  # which the other one has
+    faults.same("whole-ar", "new")
+
+
+def test_resuming_needs_no_weights_of_the_base_model(here):
+    """They may have been cleared from a cache since: the state holds all that an update reads."""
+    for student in ("qwen3_moe", "llada2"):
+        shutil.copytree(STUDENTS[student]["model"], f"base-{student}")
+        stop_at(5, run=student, model=f"base-{student}")
+        Path(f"base-{student}/model.safetensors").unlink()
+        train.main(run=student, resume=True)
+        a, b = (load_file(f"runs/{run}/checkpoints/000009/model.safetensors") for run in (f"whole-{student}", student))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_folders_that_cannot_be_written(here):
