@@ -3,6 +3,7 @@
     python eval.py --run=base,sft,t3s                       # last checkpoints; base: the model the runs started from
     python eval.py --run=sft --step=26 --samples=16         # one checkpoint, sixteen answers a problem
     python eval.py --model=FOLDER --data=FOLDER             # any Hugging Face folder or hub id
+    python eval.py --run=base,sft --likelihood=true         # of the given responses, instead of answers
 
 Keys that are not given come from the first run's config: the data, and how to sample. Every answer
 is written with its grade to runs/<run>/eval/<data>-<step>.jsonl, the summary to the .json beside it.
@@ -20,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
+import likelihood
 from data import load as load_data
 from hf.families import local_folder
 from hf.tokenizer import load_tokenizer
 from model import load
-from plumbing.config import InputError, command, whole_file, write_json
+from plumbing.config import InputError, command, require, whole_file, write_json
 from plumbing.parallel import gather, in_step, pick_device, pick_dtype, rank, world_size
 from plumbing.runs import find_checkpoint, run_folder, run_keys
 from sample import Sampling, sample
@@ -41,6 +43,8 @@ class Config(Sampling):
     samples: int = 1  # answers per problem
     batch_size: int = 64  # answers written at the same time; changes memory and speed, not the answers
     verifier: str = ""  # how answers are read (data.py --help lists the ways); default: as the data says
+    likelihood: bool = False  # instead of sampling: log p of the data's own responses (likelihood.py)
+    draws: int = 128  # of the bound of a masked-diffusion student, for each response
     device: str = ""  # cpu, cuda, ...; default: cuda if there is one
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 on a GPU, float32 elsewhere
 
@@ -226,15 +230,14 @@ def main(**given):
     cfg, jobs = resolve(given)
     problems = load_data(cfg.data)
     indices = range(min(cfg.limit or len(problems), len(problems)))
+    if cfg.likelihood:
+        return compare_likelihoods(cfg, jobs, problems, indices)
     settings = {"samples": cfg.samples}
     settings |= {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
     show_settings(cfg, settings, problems, len(indices))
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
-    for _, folder, _ in jobs:  # check all models before the first one writes
-        if load_tokenizer(folder).hash != problems.meta["tokenizer_hash"]:
-            message = f"{cfg.data}: made with another tokenizer than {folder} has"
-            raise InputError(f"{message}; run data.py with that folder")
+    check_tokenizers(cfg, jobs, problems)
 
     results = {}
     width = max(len(name) for name, _, _ in jobs)
@@ -262,6 +265,57 @@ def main(**given):
     for name, (summary, rows) in results.items():
         tell(name, summary, rows)
     compare(results)
+    return results
+
+
+def check_tokenizers(cfg, jobs, problems):
+    """Raises InputError, before the first model writes, unless all have the tokenizer of the data."""
+    for _, folder, _ in jobs:
+        if load_tokenizer(folder).hash != problems.meta["tokenizer_hash"]:
+            message = f"{cfg.data}: made with another tokenizer than {folder} has"
+            raise InputError(f"{message}; run data.py with that folder")
+
+
+def compare_likelihoods(cfg, jobs, problems, indices):
+    """Print every model's log p of the responses -> {name: (summary, rows)}.
+
+    Beside the answers' file, <data>-<step>-likelihood.jsonl has a line per response.
+    """
+    require(cfg, draws=(2, None))
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    check_tokenizers(cfg, jobs, problems)
+    print(f"{cfg.data}: {len(indices)} responses; ≤ before a bound, of {cfg.draws} draws each")
+    results = {}
+    width = max(len(name) for name, _, _ in jobs)
+    print(f"{'':{width}}  nats a token       log p of a response")
+    for name, folder, out in jobs:
+        student = load(folder, device, dtype)
+        progress = likelihood.status(name, len(indices))
+        found = likelihood.logprobs(
+            student, problems, list(indices), cfg.draws, cfg.seed, cfg.batch_size, progress
+        )
+        rows = likelihood.rows_of(problems, indices, found)
+        a_token = mean_interval([row["nats_per_token"] for row in rows])
+        whole = mean_interval([row["logprob"] for row in rows])
+        summary = {
+            "nats_per_token": a_token[0],
+            "interval": a_token[1],
+            "logprob": whole[0],
+            "logprob_interval": whole[1],
+            "is_bound": student.config.is_diffusion,
+            "draws": found.shape[1],
+            "seed": cfg.seed,
+            "model": str(folder),
+            "data": cfg.data,
+            "sha256": problems.sha256,
+        }
+        save(out.with_name(f"{out.stem}-likelihood.jsonl"), rows, summary)
+        results[name] = (summary, rows)
+        sign = "≤" if summary["is_bound"] else " "
+        text = f"{a_token[0]:.4f} ± {a_token[1]:.4f}  {whole[0]:8.2f} ± {whole[1]:.2f}"
+        print(f"{name:{width}} {sign}{text}")
+    compare(results, "nats_per_token")
     return results
 
 
@@ -382,13 +436,13 @@ def save(out, rows, summary):
     write_json(out.with_suffix(".json"), finite)
 
 
-def compare(results):
+def compare(results, key="correct"):
     """Print how each model differs from the first one, problem by problem: that cancels how hard
     the problems are."""
     (first, (_, rows)), *others = results.items()
-    base = by_problem(rows)
+    base = by_problem(rows, key)
     for name, (_, rows) in others:
-        differences = [mean - base[problem] for problem, mean in by_problem(rows).items()]
+        differences = [mean - base[problem] for problem, mean in by_problem(rows, key).items()]
         difference, interval = mean_interval(differences)
         text = f"{difference:+.3f} ± {interval:.3f}"
         print(f"{name} - {first}: {text} (paired, {len(base)} problems)")

@@ -607,3 +607,17 @@ def test_full_size_llada2_mini(tmp_path):
     )  # without the 19 biases of 256 experts
     assert shapes["model.layers.7.attention.query_key_value.weight"] == [3072, 2048]
     assert shapes["model.layers.0.mlp.gate_proj.weight"] == [5120, 2048]
+
+
+@pytest.mark.parametrize("family, is_trained", [("llada", True), ("llada2_moe", False), ("qwen3", False)])
+def test_the_embedding_of_padding_is_trained_where_the_public_code_trains_it(family, is_trained):
+    """LLaDA-8B's wte has no padding_idx, LLaDA2's word_embeddings and transformers' embed_tokens have."""
+    attention = {"llada": "full", "llada2_moe": "block"}.get(family, "causal")
+    config = families.Config(
+        model_type=family, vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-6, rope_theta=1e4,
+        attention=attention, block_length=4, pad_token_id=2)  # fmt: skip
+    student = model.Transformer(config).init_weights(0)
+    student(torch.tensor([[5, 2, 7, 2]])).sum().backward()
+    gradient = student.model.embed_tokens.weight.grad.abs().sum(1)
+    assert gradient[[5, 7]].min() > 0 and (gradient[2] > 0) == is_trained

@@ -1,0 +1,113 @@
+"""How likely does a student find given responses? For `python eval.py --likelihood=true`.
+
+An autoregressive student gives log p(response | prompt) exactly, in one forward pass. A
+masked-diffusion student gives a lower bound (arXiv 2502.09992, eq. 6; ML-GSAI/LLaDA,
+get_log_likelihood.py), with x_t the response x_0 of L tokens in which k of them are masked:
+
+    log p(x_0 | prompt)  >=  E over k = 1..L and which k  of  L / k  sum over masked i of  log p(x_0^i | prompt, x_t)
+
+estimated by draws, each with an exact number of masks; the numbers k are stratified over the draws.
+A block model's response is the product of its blocks, each given those before it: the bound is the
+sum of the blocks' bounds, all in one pass, and the pads that fill the last block are part of it.
+
+Shapes: B examples, T tokens of a row. Next: data.py, as from eval.py.
+"""
+
+import math
+import sys
+
+import numpy as np
+import torch
+
+from batches import collate
+from diffusion import check_model, hide, lay_out, row_ends, tensors
+
+
+def logprobs(model, data, indices, draws=128, seed=0, batch_size=64, progress=None):
+    """log p(response | prompt) of examples of a data.Data -> (n, draws) float64, in nats.
+
+    One column, the exact value, for an autoregressive student; else the draws of the lower bound,
+    whose mean estimates it. They are a function of (seed, example, draw). progress: called with the
+    number of finished examples.
+    """
+    estimate = bound if model.config.is_diffusion else exact
+    found = []
+    for start in range(0, len(indices), batch_size):
+        some = np.asarray(indices[start : start + batch_size], dtype=np.int64)
+        found.append(estimate(model, data, some, draws, seed))
+        if progress:
+            progress(start + len(some))
+    return np.concatenate(found)
+
+
+@torch.no_grad()
+def exact(model, data, examples, draws, seed):
+    """Of an autoregressive student -> (n, 1)."""
+    device = next(model.parameters()).device
+    ids, targets, _ = collate(data, examples)
+    nll = model(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))  # (B, T)
+    return -nll.double().sum(1, keepdim=True).cpu().numpy()
+
+
+@torch.no_grad()
+def bound(model, data, examples, draws, seed):
+    """Of a masked-diffusion student -> (n, draws)."""
+    config = model.config
+    check_model(config)
+    device = next(model.parameters()).device
+    sizes = data.spans[examples, 2] - data.spans[examples, 0]
+    ends = row_ends(config, sizes)
+    offset = lay_out(config, data, examples, ends, f"{seed} counts").u  # (B, 1 + T), one a part
+    found = np.zeros((len(examples), draws))
+    for draw in range(draws):
+        rows = lay_out(config, data, examples, ends, f"{seed} likelihood {draw}")
+        T = rows.ids.shape[1]
+        length = config.block_length if config.attention == "block" else T
+        part = np.arange(T) // length  # which block a position belongs to
+        masked, factor = mask_counts(rows, part, (offset + draw / draws) % 1)
+        nll = model(**tensors(hide(rows, masked, config), device))[:, :T]
+        found[:, draw] = -(nll.double().cpu().numpy() * factor).sum(1)
+    return found
+
+
+def mask_counts(rows, part, level):
+    """Mask k of the L answer tokens of each part of each row -> masked (B, T) bool, factor L / k (B, T).
+
+    part (T,) numbers the parts; level (B, parts or more) in [0, 1): k = 1 + floor(L * level).
+    """
+    masked = np.zeros(rows.ids.shape, dtype=bool)
+    factor = np.zeros(rows.ids.shape)
+    for row, answer in enumerate(rows.maskable):
+        for number in np.unique(part[answer]):
+            at = np.flatnonzero(answer & (part == number))
+            k = 1 + int(len(at) * level[row, number])
+            in_random_order = at[np.argsort(rows.u[row, 1 + at], kind="stable")]
+            chosen = in_random_order[:k]
+            masked[row, chosen] = True
+            factor[row, chosen] = len(at) / k
+    return masked, factor
+
+
+def rows_of(data, indices, found):
+    """What is written of each example: log p in nats, half its 95 % interval, tokens, nats a token.
+
+    The draws are stratified, so 1.96 standard errors are rather too wide; an exact value has 0.
+    """
+    rows = []
+    for i, draws in zip(indices, found, strict=True):
+        error = draws.std(ddof=1) / math.sqrt(len(draws)) if len(draws) > 1 else 0.0
+        tokens = int(data.spans[i, 2] - data.spans[i, 1])
+        mean = float(draws.mean())
+        row = {"id": data.examples[i]["id"], "logprob": mean, "interval": float(1.96 * error)}
+        rows.append(row | {"tokens": tokens, "nats_per_token": -mean / tokens})
+    return rows
+
+
+def status(name, total):
+    """A progress line on a terminal, as eval.py's."""
+
+    def show(done):
+        text = f"{name}: {done}/{total} responses" if done < total else ""
+        print(f"\r\x1b[K{text}", end="", flush=True)
+
+    return show if sys.stdout.isatty() else None
