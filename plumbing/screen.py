@@ -177,11 +177,11 @@ class Progress:
                 shown.append(f"{name} {recorded[key]:.3f}")
         seconds = f"{recorded['seconds']:.0f} s"
         rewrite(f"recorded step {recorded['step']} | {' | '.join(shown)} | {seconds}")
-        if recorded["step"] == 0 and recorded.get("nll_kept", LITTLE) < LITTLE:
+        kept = recorded.get("nll_kept", recorded["nll"])
+        if recorded["step"] == 0 and kept < LITTLE:
             rewrite(
-                f"warning: the tokens that stay in the loss have an NLL of only "
-                f"{recorded['nll_kept']:.3f} at step 0: the student knows them already, and there "
-                "is almost nothing to learn"
+                f"warning: the tokens that stay in the loss have an NLL of only {kept:.3f} at step "
+                "0: the student knows them already, and there is almost nothing to learn"
             )
 
     def end(self, step, finished):

@@ -2,6 +2,7 @@
 
     python tests/faults.py --kills=50 --seed=0       # one process; about a minute on two CPU cores
     python tests/faults.py --ranks=true              # two processes: one is killed, one is stopped; the other must end
+    python tests/faults.py --signals=true            # two processes are asked to stop, in every way a scheduler has
 
 A kill is aimed: it comes a random time after a chosen part of the program (a step, a state or checkpoint being written,
 the recording sweep, an evaluation, the beginning of a resume) has been entered for the n-th time. A moment later the
@@ -141,6 +142,7 @@ class Config:
     seed: int = 0  # of where they strike
     model: str = "data/toy-1/untrained"  # or llada, llada2, qwen3_moe
     ranks: bool = False  # instead: two processes, of which one dies, then one hangs
+    signals: bool = False  # instead: two processes that are asked to save and stop
 
 
 def main(**given):
@@ -148,7 +150,10 @@ def main(**given):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         quietly(make_world)
-        (two_processes if cfg.ranks else many_kills)(cfg)
+        if cfg.signals:
+            ways_to_stop(cfg)
+        else:
+            (two_processes if cfg.ranks else many_kills)(cfg)
         os.chdir("/")
 
 
@@ -203,6 +208,102 @@ def two_processes(cfg):
         assert code != 0
         kill_in(keys | dict(run=run, resume=True, steps=12, allow_changes=True), "step", 10**6, 0)
         print(f"resumed on one process: {Path(f'runs/{run}/log.jsonl').read_text().count('loss')} steps in the log")
+
+
+# -------------------------------------------------------------------------------------------------
+# Two processes that are asked to save and stop
+
+SLOW = """
+import json, sys, time
+from pathlib import Path
+
+root, runs, delay = sys.argv[1:]
+sys.argv[1:] = []
+sys.path.insert(0, root)
+import train, trajectory
+from plumbing import config, parallel
+
+score = trajectory.score
+
+def slow(run, rows):
+    (Path("entered") / f"{run.cfg.run}-{time.time_ns()}").touch()
+    time.sleep(float(delay))
+    return score(run, rows)
+
+def main():
+    for keys in json.loads(runs):
+        train.main(**keys)
+
+trajectory.score = slow
+config.command(main, train.Config)
+parallel.end_processes()
+"""
+WAYS = {  # who gets which signals; of torchrun, that is the agent
+    "torchrun": [("agent", signal.SIGTERM)],
+    "ctrl-c": [("agent", signal.SIGINT)],
+    "workers": [("both", signal.SIGTERM)],
+    "one": [("second", signal.SIGUSR1)],
+    "all": [("both", signal.SIGTERM), ("agent", signal.SIGTERM)],
+    "hangup": [("agent", signal.SIGHUP), ("both", signal.SIGHUP), ("both", signal.SIGTERM)],
+    "orphaned": [("agent", signal.SIGKILL)],
+}
+IN_RECORDING = KEYS | dict(steps=4, resume_every=0, save_every=0)
+
+
+def ways_to_stop(cfg):
+    """Each way: saved within seconds, and resumed bit for bit."""
+    for way in WAYS:
+        code, seconds = stopped_by(way)
+        print(f"{way}: all ended after {seconds:.1f} s, exit code {code} of torchrun", flush=True)
+    resumed_like_undisturbed(list(WAYS))
+    print(f"{len(WAYS)} ways, all resumed bit for bit")
+
+
+def slowly(runs, delay):
+    """Two processes train these runs, one after the other; each pass of a sweep takes `delay` s longer."""
+    Path("slow.py").write_text(SLOW)
+    Path("entered").mkdir(exist_ok=True)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = ["--", "slow.py", str(ROOT), json.dumps(runs), str(delay)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open("output.txt", "w") as output:
+        return subprocess.Popen([*program, *words], stdout=output, stderr=output, env=env)
+
+
+def stopped_by(way):
+    """Train the run `way`; in the sweep of step 3 send its signals -> torchrun's exit code, seconds until all ended."""
+    process = slowly([IN_RECORDING | dict(run=way)], 0.3)
+    while len(list(Path("entered").glob(f"{way}-*"))) < 7:  # 3 passes of each process at step 0, then step 3
+        assert process.poll() is None, Path("output.txt").read_text()
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    workers = [int(word) for word in children.split()]
+    who = {"agent": [process.pid], "both": workers, "second": workers[1:]}
+    tick = time.time()
+    for name, number in WAYS[way]:
+        for pid in who[name]:
+            os.kill(pid, number)
+    code = process.wait(timeout=60)
+    while any(map(alive, workers)):
+        assert time.time() - tick < 30, Path("output.txt").read_text()
+        time.sleep(0.05)
+    assert code != 0
+    assert list(Path(f"runs/{way}/resume").glob("[0-9]*")), Path("output.txt").read_text()
+    return code, time.time() - tick
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def resumed_like_undisturbed(ways):
+    runs = [IN_RECORDING | dict(run="whole-2"), *(dict(run=way, resume=True) for way in ways)]
+    assert slowly(runs, 0).wait(timeout=300) == 0, Path("output.txt").read_text()
+    for way in ways:
+        same("whole-2", way)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
 """parallel.py: a run that is asked to stop saves and stops, whoever is asked, and continues bit for bit."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,10 +15,8 @@ import data
 import model
 import train
 import trajectory
-from plumbing import parallel
 from plumbing.parallel import Interrupt, Interrupted
 
-ROOT = Path(__file__).parent.parent
 TERM, USR1, HUP, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT
 
 
@@ -169,84 +164,8 @@ def test_a_forward_pass_hears(here):
 # -------------------------------------------------------------------------------------------------
 # Two processes
 
-SLOW = """
-import json, sys, time
-from pathlib import Path
 
-root, runs, delay = sys.argv[1:]
-sys.argv[1:] = []
-sys.path.insert(0, root)
-import train, trajectory
-from plumbing import config, parallel
-
-score = trajectory.score
-
-def slow(run, rows):
-    (Path("entered") / f"{run.cfg.run}-{time.time_ns()}").touch()
-    time.sleep(float(delay))
-    return score(run, rows)
-
-def main():
-    for keys in json.loads(runs):
-        train.main(**keys)
-
-trajectory.score = slow
-config.command(main, train.Config)
-parallel.end_processes()
-"""
-
-
-def start(runs, delay):
-    """Two processes that train these runs, one after the other; each pass of a sweep is `delay` s slower."""
-    Path("slow.py").write_text(SLOW)
-    Path("entered").mkdir(exist_ok=True)
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = ["--", "slow.py", str(ROOT), json.dumps(runs), str(delay)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open("output.txt", "w") as output:
-        return subprocess.Popen([*program, *words], stdout=output, stderr=output, env=env)
-
-
-def workers_of(pid):
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def test_two_processes_stop_and_continue_bit_for_bit_whoever_is_asked(here):
-    """SIGTERM to torchrun, to the workers, to one of them, to all; torchrun killed. All in a sweep."""
-    keys = KEYS | dict(steps=4, resume_every=0, save_every=0)
-    ways = ("torchrun", "workers", "one", "all", "orphaned")
-    for way in ways:
-        process = start([keys | dict(run=way)], 0.3)
-        while len(list(Path("entered").glob(f"{way}-*"))) < 7:  # 3 passes of each at step 0, then step 3
-            assert process.poll() is None, Path("output.txt").read_text()
-            time.sleep(0.05)
-        workers = workers_of(process.pid)
-        tick = time.time()
-        if way == "orphaned":
-            process.kill()
-        if way in ("workers", "all"):
-            for pid in workers:
-                os.kill(pid, TERM)
-        if way == "one":
-            os.kill(workers[1], USR1)
-        if way in ("torchrun", "all"):
-            process.terminate()
-        assert process.wait(timeout=60) != 0
-        while any(map(alive, workers)):
-            assert time.time() - tick < 30, Path("output.txt").read_text()
-            time.sleep(0.05)
-        assert list(Path(f"runs/{way}/resume").glob("[0-9]*")), Path("output.txt").read_text()
-    runs = [dict(run=way, resume=True) for way in ways]
-    process = start([keys | dict(run="whole-2"), *runs], 0)
-    assert process.wait(timeout=120) == 0, Path("output.txt").read_text()
-    for way in ways:
-        faults.same("whole-2", way)
-    assert parallel.world_size() == 1
+def test_two_processes_stop_and_continue_bit_for_bit(here):
+    """SIGTERM to torchrun and to both workers, in a sweep. `python tests/faults.py --signals=true` tries all ways."""
+    faults.stopped_by("all")
+    faults.resumed_like_undisturbed(["all"])
