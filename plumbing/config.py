@@ -150,9 +150,10 @@ def help_text(cls):
 
 
 def command(main, cls):
-    """Run `main(**given)` for a shell: an InputError or a failing file becomes one line and exit code 1.
+    """Run `main(**given)` for a shell; an InputError or a failing file becomes one line, exit code 1.
 
-    Ctrl-C exits with 130, and a reader who has gone away (`| head`) with 141 and without a word, as from any command.
+    Ctrl-C exits with 130, and a reader that has gone away (`| head`) with 141 and without a word,
+    as with any command.
     """
     try:
         main(**parse(cls))
@@ -167,7 +168,12 @@ def command(main, cls):
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # torch's process groups can hang for minutes when the interpreter cleans up after an
+            # interrupt; torchrun would kill this process, and all is written and said
+            sys.stdout.flush()
+            os._exit(130)
         raise SystemExit(130) from None
 
 
@@ -188,6 +194,11 @@ def whole_file(path):
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())  # the data must reach the disk before the name does
         os.replace(aside, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # a full disk is noticed in the middle of a file, and the error does not say of which
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -123,6 +123,31 @@ def test_of_a_hub_model_only_its_config_is_fetched(here, monkeypatch):
     assert hub == train.main(model="llada2", dry_run=True, max_row_tokens=50)
 
 
+def test_on_a_cpu_a_run_says_before_it_begins_what_it_takes(here, monkeypatch):
+    """The dry run's figures for the rows of this run; a warning, and a size that fits, if it is too much."""
+    keys = dict(run="x", model="llada", data="data/toy-1/teacher", micro_batch_size=100, device="cpu")
+    run = train.read_inputs(train.resolve(keys))
+    assert memory.on_cpu(run) == ""  # a toy's needs are nothing to speak of
+    monkeypatch.setattr(memory, "GIB", 2**20)
+    longest = max(end - start for start, _, end in run.train_set.spans)
+    planned = memory.dry_run(train.Config(**keys | dict(max_row_tokens=int(longest), data="")))
+    batch = 100 * planned["all"]
+    monkeypatch.setattr(memory, "available", lambda: planned["total"] + 1)
+    said = memory.on_cpu(run)
+    assert said == (
+        f"memory: about {(planned['total'] - batch) / 2**20:.2f} GiB for weights, gradients and AdamW, "
+        f"{batch / 2**20:.2f} GiB for a micro-batch of 100 x {longest} tokens")
+    monkeypatch.setattr(memory, "available", lambda: planned["total"] - 40 * planned["all"] - 1)
+    assert "warning: more than the" in memory.on_cpu(run) and "--micro_batch_size=59," in memory.on_cpu(run)
+
+
+def test_the_free_memory_is_the_kernels(monkeypatch):
+    free = memory.available()
+    assert 2**20 < free < 2**50
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.available() == pytest.approx(free / 4, rel=0.5)
+
+
 def test_mfu_is_that_of_known_gpus_only(monkeypatch):
     cfg, gpu = train.Config(dtype="bfloat16"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")

@@ -430,7 +430,7 @@ def test_a_file_system_without_locks(here, monkeypatch):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    message = "runs/new: this file system cannot lock (.*not supported); --lock=false trains without"
+    message = r"runs/new: this file system cannot lock \(.* not supported\); --lock=false trains without"
     with pytest.raises(InputError, match=message):
         train.main(run="new", **KEYS)
     assert not Path("runs/new").exists()

@@ -1,0 +1,46 @@
+"""plumbing/screen.py: the time that is left, and a reader that has gone away."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from worlds import KEYS
+
+from plumbing import screen
+
+ROOT = Path(__file__).parent.parent
+WORLD = dict(students=())
+
+
+def progress(steps, records, **keys):
+    shown = object.__new__(screen.Progress)
+    shown.cfg = SimpleNamespace(**dict(steps=10, record_every=4) | keys)
+    shown.steps = steps
+    shown.records = records
+    return shown
+
+
+def test_the_time_left_counts_updates_and_records_apart_and_the_slow_first_ones_not():
+    """At step 5 of 10: five updates of 2 s, and records at 8 and at the end, 7 s each."""
+    shown = progress([60.0, 2.0, 2.0, 2.0, 2.0], [100.0, 7.0])
+    assert shown.seconds_left(5) == pytest.approx(5 * 2 + 2 * 7)
+    assert progress([60.0], [], record_every=0).seconds_left(1) == 9 * 60  # nothing better is known
+    assert progress([60.0, 1.0], [], record_every=0).seconds_left(2) == 8
+    # the record of step 4 comes after its update, that of step 10 at the end
+    assert progress([3.0] * 4, [7.0]).seconds_left(4) == pytest.approx(6 * 3 + 3 * 7)
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_training(here):
+    """`python train.py ... | head -1`, in a terminal that was closed, and so on."""
+    words = [f"--{key}={value}" for key, value in KEYS.items()]
+    program = [sys.executable, str(ROOT / "train.py"), "--run=piped", *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    assert process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait(timeout=120) == 0 and said == "", said
+    assert Path("runs/piped/checkpoints/000009").is_dir()
