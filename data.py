@@ -2,17 +2,17 @@
 
     python data.py --source=traces.jsonl --tokenizer=Qwen/Qwen3-0.6B --out=data/traces
 
-A line of the source is {"id", "prompt" or "messages", "response", "answer"} (id and answer may be left out),
-GSM8K's {"question", "answer" ending in "#### n"}, or one of the layouts in docs/DATA.md. The folder it
-becomes:
+A line of the source is {"id", "prompt" or "messages", "response", "answer"} (id and answer may be
+left out), GSM8K's {"question", "answer" ending in "#### n"}, or one of the layouts in
+docs/DATA.md. The folder it becomes:
 
     tokens.bin      uint32, all examples one after the other
     spans.npy       (n, 3) int64: start, prompt end, end of each example in tokens.bin
     examples.jsonl  id and answer of each example, in the same order
     meta.json       hashes of all that, of the tokenizer and the chat template, and what was counted
 
-Every per-token array of this project (log-probabilities, masks) has the length of tokens.bin and the same
-index: token 4711 is token 4711 everywhere.
+Every per-token array of this project (log-probabilities, masks) has the length of tokens.bin and
+the same index: token 4711 is token 4711 everywhere.
 
 Next: formats.py.
 """
@@ -20,24 +20,20 @@ Next: formats.py.
 import hashlib
 import json
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from formats import has_thoughts, parse_columns, read_examples
+from formats import parse_columns, read_examples
 from hf.families import local_folder
-from hf.template import OPENS, cut, fixed_date, parse_kwargs, uncut, writes_empty_thoughts
+from hf.template import cut, fixed_date, parse_kwargs, uncut
 from hf.tokenizer import load_tokenizer
 from plumbing.config import InputError, command, read_json, require, whole_folder, write_json
-from verify import VERIFIERS, judge, opens_thoughts, unmatchable
+from plumbing.tally import Tally, report
+from verify import VERIFIERS, unmatchable
 
 FILES = ("tokens.bin", "spans.npy", "examples.jsonl")
-COUNTED = (
-    "too_long", "not_correct", "with_thoughts", "without_thoughts", "truncated_thoughts", "with_answer", "graded_right",
-    "earlier_answers", "duplicates",
-)  # fmt: skip
 
 
 @dataclass
@@ -47,26 +43,31 @@ class Config:
     out: str = ""  # the folder to write
     max_tokens: int = 0  # leave out (and count) examples with more tokens than this; 0: no limit
     verifier: str = "auto"  # how eval.py reads answers: boxed, gsm8k, integer, toy, or auto
-    require_correct: bool = False  # leave out (and count) responses that do not end in their example's answer
-    template: str = "auto"  # auto: the tokenizer's chat template, if it has one; none: the text is rendered already
-    template_kwargs: str = ""  # variables for the chat template, as JSON: '{"enable_thinking": false}'
-    date: str = ""  # the day that a chat template takes for today, YYYY-MM-DD; a must if it writes the date
-    thoughts: str = "template"  # thoughts in a field of their own: written by the template, or as <think> tags: tags
-    columns: str = ""  # which columns to read, instead of guessing: prompt:question,thoughts:cot,response:output
-    ignore: str = ""  # columns, and keys of messages, to leave out though they mean something: images,name
+    require_correct: bool = False  # leave out (and count) what does not end in its answer
+    template: str = "auto"  # auto: the checkpoint's own; none: the text is rendered already
+    template_kwargs: str = ""  # the template's variables: '{"enable_thinking": false}'
+    date: str = ""  # what a template that writes today's date takes for today, YYYY-MM-DD
+    thoughts: str = "template"  # a field of thoughts: the template writes it, or tags: <think>
+    columns: str = ""  # columns to read, not guessed: prompt:question,thoughts:cot,response:output
+    ignore: str = ""  # columns and keys of messages to leave out, though they mean something
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # A file of examples -> data folder
 
 
 def main(**given):
-    """Write the folder `out`, whole or not at all. Raises InputError with file and line of the first bad example."""
+    """Write the folder `out`, whole or not at all.
+
+    Raises InputError with file and line of the first bad example.
+    """
     cfg = Config(**given)
     check(cfg)
     tokenizer = load_tokenizer(local_folder(cfg.tokenizer))
     if tokenizer.end_of_turn_id is None:
-        raise InputError(f"{cfg.tokenizer}: tokenizer_config.json names no eos_token, so no answer would ever end")
+        raise InputError(
+            f"{cfg.tokenizer}: tokenizer_config.json names no eos_token, so no answer would end"
+        )
     render = Renderer(cfg, tokenizer)
     with whole_folder(cfg.out, "meta.json") as out:
         meta, tally, unread = write_arrays(cfg, render, out)
@@ -78,7 +79,13 @@ def check(cfg):
     for key in ("source", "tokenizer", "out"):
         if not getattr(cfg, key):
             raise InputError(f"--{key} is missing (--help lists the keys)")
-    require(cfg, verifier=VERIFIERS, max_tokens=(0, None), template=("auto", "none"), thoughts=("template", "tags"))
+    require(
+        cfg,
+        verifier=VERIFIERS,
+        max_tokens=(0, None),
+        template=("auto", "none"),
+        thoughts=("template", "tags"),
+    )
     if not Path(cfg.source).is_file():
         what = "a folder, not a jsonl file" if Path(cfg.source).is_dir() else "no such file"
         raise InputError(f"{cfg.source}: {what}")
@@ -87,15 +94,20 @@ def check(cfg):
 def write_arrays(cfg, render, out):
     """tokens.bin, spans.npy and examples.jsonl of cfg.source into the folder `out`.
 
-    -> meta.json's entries on them, the Tally, and the columns that were not read, {name: number of rows}.
+    -> meta.json's entries on them, the Tally, and the columns that were not read: {name: number}.
     """
     limits = Limits(cfg, render.tokenizer.folder)
     tally = Tally(cfg)
     spans = []
     unread = {}
     end = 0
-    with open(out / "tokens.bin", "wb") as tokens, open(out / "examples.jsonl", "w", encoding="utf-8") as examples:
-        for example in read_examples(cfg.source, parse_columns(cfg.columns), cfg.ignore.split(","), unread):
+    with (
+        open(out / "tokens.bin", "wb") as tokens,
+        open(out / "examples.jsonl", "w", encoding="utf-8") as examples,
+    ):
+        for example in read_examples(
+            cfg.source, parse_columns(cfg.columns), cfg.ignore.split(","), unread
+        ):
             try:
                 prompt, response = render(example)
                 prompt_ids, response_ids = render.encode(prompt, response)
@@ -131,14 +143,17 @@ def write_arrays(cfg, render, out):
 
 
 def check_answer(answer, verifier):
-    """Raises InputError for an answer that no response can match: train accuracy would be 0 without a word."""
+    """Raise InputError for an answer that no response can match: accuracy would silently be 0."""
     why = answer is not None and unmatchable(answer, verifier)
     if why:
         raise InputError(f'"answer" {why}')
 
 
 class Renderer:
-    """Examples -> texts of prompt and response -> token ids; meta: the chat template and variables that did it."""
+    """Examples -> texts of prompt and response -> token ids.
+
+    meta  the chat template and the variables that did it
+    """
 
     def __init__(self, cfg, tokenizer):
         self.tokenizer = tokenizer
@@ -146,7 +161,9 @@ class Renderer:
         self.tags = cfg.thoughts == "tags"
         self.kwargs = parse_kwargs(cfg.template_kwargs)
         if (self.kwargs or cfg.date) and not self.has_template:
-            raise InputError("--template_kwargs and --date are for a chat template, and there is none")
+            raise InputError(
+                "--template_kwargs and --date are for a chat template, and there is none"
+            )
         try:
             self.date = {"strftime_now": fixed_date(cfg.date)}
         except ValueError:
@@ -174,7 +191,11 @@ class Renderer:
 
 
 class Limits:
-    """What an example must fit into: --max_tokens, and the student's context and embedding, if it has a config.json."""
+    """What an example must fit into.
+
+    That is --max_tokens, and the student's context and embedding where the folder has a
+    config.json.
+    """
 
     def __init__(self, cfg, folder):
         path = folder / "config.json"
@@ -183,102 +204,36 @@ class Limits:
         self.context = raw.get("max_position_embeddings") or raw.get("max_sequence_length")
         self.vocab_size = raw.get("embedding_size") or raw.get("vocab_size")
         scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        if self.context and scaling.get("original_max_position_embeddings") and scaling.get("factor"):
+        if (
+            self.context
+            and scaling.get("original_max_position_embeddings")
+            and scaling.get("factor")
+        ):
             stretched = int(scaling["factor"] * scaling["original_max_position_embeddings"])
             self.context = max(self.context, stretched)
 
     def check(self, ids):
-        """Is this longer than --max_tokens? Raises InputError for what the student cannot read at all."""
+        """Is this longer than --max_tokens?
+
+        Raises InputError for what the student cannot read at all.
+        """
         if self.max_tokens and len(ids) > self.max_tokens:
             return True
         if self.context and len(ids) > self.context:
-            raise InputError(f"{len(ids)} tokens, more than the {self.context} that the student reads (config.json); "
-                             f"--max_tokens={self.context} leaves such examples out")
+            raise InputError(
+                f"{len(ids)} tokens, more than the {self.context} that the student reads "
+                f"(config.json); "
+                f"--max_tokens={self.context} leaves such examples out"
+            )
         if self.vocab_size and max(ids) >= self.vocab_size:
-            raise InputError(f"token {max(ids)} is beyond the student's embedding of {self.vocab_size} rows: "
-                             "tokenizer and config.json do not belong together")
+            raise InputError(
+                f"token {max(ids)} is beyond the student's embedding of {self.vocab_size} rows: "
+                "tokenizer and config.json do not belong together"
+            )
         return False
 
 
-class Tally:
-    """What is counted on the way, and which examples stay."""
-
-    def __init__(self, cfg):
-        self.cfg = cfg
-        self.counts = Counter({key: 0 for key in COUNTED})
-        self.wrong = None  # the first response that does not end in its answer
-        self.seen = set()
-
-    def count(self, example, prompt, response, too_long):
-        """Count an example -> does it stay?"""
-        correct = self.grade(example, prompt, response)
-        if too_long:
-            self.counts["too_long"] += 1
-            return False
-        if self.cfg.require_correct and not correct:
-            self.counts["not_correct"] += 1
-            return False
-        self.counts[kind_of_thoughts(prompt, response)] += 1
-        self.counts["with_answer"] += example.answer is not None
-        self.counts["graded_right"] += bool(correct)
-        self.counts["earlier_answers"] += any(turn["role"] == "assistant" for turn in example.messages)
-        text = hashlib.sha256(f"{len(prompt)} {prompt}{response}".encode()).digest()
-        self.counts["duplicates"] += text in self.seen
-        self.seen.add(text)
-        return True
-
-    def grade(self, example, prompt, response):
-        """Does the response end in the example's answer? None if that is not known."""
-        if example.answer is None:
-            return None
-        verdict = judge(response, example.answer, self.cfg.verifier, opens_thoughts(prompt))
-        if not verdict["correct"] and self.wrong is None:
-            found = verdict["extracted"]
-            self.wrong = f"{example.where}: the response ends in {found!r}, the answer is {example.answer!r}"
-        return verdict["correct"]
-
-
-def kind_of_thoughts(prompt, response):
-    """"with_thoughts", "without_thoughts", or "truncated_thoughts" for those that never end."""
-    if OPENS.search(prompt) or has_thoughts(response):
-        ends = "</think>" in response or "<|end_of_thought|>" in response
-        return "with_thoughts" if ends else "truncated_thoughts"
-    return "without_thoughts"
-
-
-def report(cfg, render, made, tally, unread):
-    """Print what has been written, and what was noticed on the way."""
-    tokenizer = render.tokenizer
-    counts = tally.counts
-    sizes = made.spans[:, 2] - made.spans[:, 0]
-    print(f"{cfg.out}: {len(made)} examples, {len(made.tokens):,} tokens, {made.response_mask().sum():,} of them in "
-          f"responses, longest example {sizes.max()}; left out as longer than {cfg.max_tokens or 'any limit'}: "
-          f"{counts['too_long']}")
-    print(f"responses with thoughts: {counts['with_thoughts']}, without: {counts['without_thoughts']}, "
-          f"truncated thoughts: {counts['truncated_thoughts']}")
-    if render.has_template and counts["without_thoughts"]:
-        if writes_empty_thoughts(tokenizer, render.date | render.kwargs):
-            print("in a conversation the chat template writes empty thoughts before an answer without any; these "
-                  "responses are learnt without them. --template_kwargs, as '{\"enable_thinking\": false}' for Qwen3, "
-                  "puts them into the prompt")
-    if counts["earlier_answers"]:
-        print(f"conversations with earlier answers, which are read but not learnt: {counts['earlier_answers']}")
-    if counts["duplicates"]:
-        print(f"examples that are in the file more than once: {counts['duplicates']}")
-    if counts["with_answer"]:
-        print(f"responses that end in their own answer: {counts['graded_right']} of {counts['with_answer']}"
-              + (f"; left out: {counts['not_correct']}" if cfg.require_correct else ""))
-        if not counts["graded_right"]:
-            print(f"warning: none does, so accuracy would mean nothing. {tally.wrong}; is --verifier={cfg.verifier} "
-                  "the right one?")
-    if unread:
-        shown = ", ".join(f"{name} ({n})" for name, n in sorted(unread.items()))
-        print(f"columns not read, with the number of rows that have them: {shown}")
-    print("the first one, with | where the response begins:")
-    print(f"{tokenizer.decode(made.prompt(0)[-300:])}|{tokenizer.decode(made.response(0)[:300])}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Data folder -> arrays
 
 
@@ -325,17 +280,25 @@ class Data:
 
 
 def load(folder):
-    """A data folder, its hashes verified. Raises InputError if a file is missing or is not what meta.json says."""
+    """A data folder, its hashes verified.
+
+    Raises InputError if a file is missing or is not what meta.json says.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; make it with python data.py --source=... --out={folder}")
+        raise InputError(
+            f"{folder}: no such folder; make it with python data.py --source=... --out={folder}"
+        )
     meta = read_json(folder / "meta.json")
     if "tokenizer_hash" not in meta:
         raise InputError(f"{folder / 'meta.json'}: not written by data.py")
     try:
         for key, value in hashes(folder).items():
             if meta.get(key) != value:
-                raise InputError(f"{folder}: {key} is not what meta.json says: damaged or changed; run data.py again")
+                raise InputError(
+                    f"{folder}: {key} is not what meta.json says: damaged or changed; run data.py "
+                    f"again"
+                )
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: missing; run data.py again") from None
     tokens = np.memmap(folder / "tokens.bin", dtype="<u4", mode="r")

@@ -3,12 +3,14 @@
     for example in read_examples("traces.jsonl"):
         print(example.messages, example.turn, example.answer)
 
-jsonl (also compressed, .jsonl.gz), a JSON array, or parquet. A row is a conversation ("messages", or
-ShareGPT's "conversations"), or columns for the question, the teacher's thoughts and the response.
-docs/DATA.md shows published layouts. Three rules keep anything from being lost in silence:
+jsonl (also compressed, .jsonl.gz), a JSON array, or parquet. A row is a conversation ("messages",
+or ShareGPT's "conversations"), or columns for the question, the teacher's thoughts and the
+response. docs/DATA.md shows published layouts. Three rules keep anything from being lost in
+silence:
 
-    explicit wins         "messages", "prompt", "response", "answer" mean what they say. Other names are
-                          guesses, and two guesses for one thing are refused: --columns decides
+    explicit wins         "messages", "prompt", "response", "answer" mean what they say. Other
+                          names are guesses, and two guesses for one thing are refused: --columns
+                          decides
     null is absent        a null column does not exist (merged data sets are full of them)
     honoured or refused   what means something (tools, system, weight, images) is used or refused;
                           --ignore=KEY,... leaves it out on purpose. Other columns are listed once
@@ -16,13 +18,11 @@ docs/DATA.md shows published layouts. Three rules keep anything from being lost 
 Next: toy.py.
 """
 
-import gzip
-import json
 import re
-import zlib
 from dataclasses import dataclass, field
 
 from plumbing.config import InputError
+from plumbing.rows import parse_json, read_rows
 from verify import last_boxed
 
 CONVERSATION = ("messages", "conversations", "conversation")
@@ -30,15 +30,22 @@ CONVERSATION = ("messages", "conversations", "conversation")
 PROMPT = ("prompt", "instruction", "question", "problem", "query", "input")
 THOUGHTS = (
     "reasoning_content", "reasoning", "thinking", "thoughts", "thought", "think", "reasoning_text",
-    "thinking_trajectory", "thinking_trajectories", "deepseek_thinking_trajectory", "gemini_thinking_trajectory",
-    "deepseek_reasoning",
+    "thinking_trajectory", "thinking_trajectories", "deepseek_thinking_trajectory",
+    "gemini_thinking_trajectory", "deepseek_reasoning",
     "model_reasoning", "complex_cot", "chain_of_thought", "cot_content", "rationale", "cot",
 )  # fmt: skip
 RESPONSE = (
-    "response", "completion", "output", "generated_solution", "model_answer", "llm_response", "generation",
-    "generations", "attempt", "deepseek_attempt", "gemini_attempt", "deepseek_solution",
+    "response", "completion", "output", "generated_solution", "model_answer", "llm_response",
+    "generation", "generations", "attempt", "deepseek_attempt", "gemini_attempt", "deepseek_solution",
 )  # fmt: skip
-ANSWER = ("answer", "expected_answer", "reference_answer", "ground_truth", "gold_answer", "final_answer")
+ANSWER = (
+    "answer",
+    "expected_answer",
+    "reference_answer",
+    "ground_truth",
+    "gold_answer",
+    "final_answer",
+)
 EXPLICIT = {"prompt", "response", "answer", "reasoning_content"}
 PUBLISHED = (  # columns that come together, of rows that have more than one candidate
     {"thoughts": "deepseek_thinking_trajectory", "response": "deepseek_attempt"},  # s1K-1.1
@@ -46,24 +53,52 @@ PUBLISHED = (  # columns that come together, of rows that have more than one can
 )
 KINDS = ("messages", "prompt", "thoughts", "response", "answer", "id")  # what --columns can name
 
-MESSAGE_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought", "reasoning_text")
+MESSAGE_THOUGHTS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "thoughts",
+    "thought",
+    "reasoning_text",
+)
 ROLE_NAMES = {
-    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "observation": "tool", "User": "user", "Human": "user", "Assistant": "assistant", "System": "system",
-}  # fmt: skip
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "observation": "tool",
+    "Human": "user",
+    "User": "user",
+    "Assistant": "assistant",
+    "System": "system",
+}
 SYSTEM = ("system", "system_prompt")
 MEDIA = ("images", "image", "videos", "video", "audio", "audios")
-WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight", "loss_scale", "loss", "train", "training", "trainable")
+WEIGHTS = (
+    "weight",
+    "weights",
+    "sample_weight",
+    "loss_weight",
+    "loss_scale",
+    "loss",
+    "train",
+    "training",
+    "trainable",
+)
 DETAILS = ("train_detail", "training_detail", "loss_mask", "labels")
-SWITCHES = {"on", "off", "true", "false", "yes", "no", "low", "medium", "high", "none"}  # "reasoning": "on"
+# a "reasoning" that says whether or how much, not what
+SWITCHES = {"on", "off", "true", "false", "yes", "no", "low", "medium", "high", "none"}
 
 
 @dataclass
 class Example:
     """One conversation and the turn to learn.
 
-    messages   what the student reads: [{"role", "content", ...}, ...], not empty, the last one not the assistant's
-    turn       what it is to write: {"role": "assistant", "content"} and perhaps reasoning_content, tool_calls, ...
+    messages   what the student reads: [{"role", "content", ...}, ...], not empty, the last one not
+               the assistant's
+    turn       what it is to write: {"role": "assistant", "content"} and perhaps reasoning_content,
+               tool_calls, ...
     answer     what a verifier compares with, or None
     variables  what the chat template gets besides: tools, documents, chat_template_kwargs
     """
@@ -80,12 +115,13 @@ class Example:
 def read_examples(path, columns=None, ignore=(), unread=None):
     """A file's examples, one after the other.
 
-    columns  {"prompt", "thoughts", "response", "answer", "messages" or "id": name of the column}: no guessing there
+    columns  {"prompt", "thoughts", "response", "answer", "messages" or "id": name of the column}:
+             no guessing there
     ignore   names of columns, and of keys of messages, to leave out
     unread   a dict to fill with the columns that are not read, {name: number of rows}
 
-    Raises InputError with file and line for a row that is not exactly one conversation and one response, and for an id
-    that has been there (that of a row without one is its number).
+    Raises InputError with file and line for a row that is not exactly one conversation and one
+    response, and for an id that has been there (that of a row without one is its number).
     """
     seen = {}
     for number, where, content in read_rows(path):
@@ -93,15 +129,18 @@ def read_examples(path, columns=None, ignore=(), unread=None):
         example = read_example(row, columns or {})
         example.id = str(number) if example.id is None else str(example.id)
         if example.id in seen:
-            raise InputError(f"{where}: the id {example.id!r} was in line {seen[example.id]} already; --ignore=id "
-                             "numbers the examples instead")
+            raise InputError(
+                f"{where}: the id {example.id!r} was in line {seen[example.id]} already; "
+                f"--ignore=id "
+                "numbers the examples instead"
+            )
         seen[example.id] = number
         for name in row.unread() if unread is not None else ():
             unread[name] = unread.get(name, 0) + 1
         yield example
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # A row -> an example
 
 
@@ -111,7 +150,9 @@ def parse_columns(text):
     for pair in text.split(",") if text else ():
         kind, colon, name = pair.partition(":")
         if not colon or not name or kind not in KINDS or kind in chosen:
-            raise InputError(f"--columns={text}: must be kind:column,..., each kind once, of {', '.join(KINDS)}")
+            raise InputError(
+                f"--columns={text}: must be kind:column,..., each kind once, of {', '.join(KINDS)}"
+            )
         chosen[kind] = name
     return chosen
 
@@ -123,16 +164,23 @@ class Row:
         self.where = where
         self.ignore = set(ignore)
         # a NaN, which only parquet can hold, is how pandas writes null
-        self.columns = {k: v for k, v in content.items() if v is not None and v == v and k not in self.ignore}
+        self.columns = {
+            k: v for k, v in content.items() if v is not None and v == v and k not in self.ignore
+        }
         self.read = set()
 
     def find(self, names):
-        """The columns that go by one of these names, in upper or lower case, in the order of the names."""
+        """The columns that go by one of these names, in upper or lower case, in the order of the
+        names.
+        """
         lower = {name.lower(): name for name in self.columns}
         return [lower[name] for name in names if name in lower]
 
     def take(self, name, kinds):
-        """The value of a column, which counts as read from now on. Raises InputError for one of another type."""
+        """The value of a column, which counts as read from now on.
+
+        Raises InputError for one of another type.
+        """
         value = self.columns[name]
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise self.error(f'"{name}" is of type {type(value).__name__}')
@@ -140,14 +188,22 @@ class Row:
         return value
 
     def text(self, name):
-        """The text of a column; a list that holds a single text counts as that text, an answer may be a number."""
+        """The text of a column; a list that holds a single text counts as that text, an answer may
+        be a number.
+        """
         value = self.columns[name]
         if name in ANSWER and isinstance(value, int | float) and not isinstance(value, bool):
             self.read.add(name)
             return str(value)
-        if isinstance(value, list) and name not in EXPLICIT and all(isinstance(part, str) for part in value):
+        if (
+            isinstance(value, list)
+            and name not in EXPLICIT
+            and all(isinstance(part, str) for part in value)
+        ):
             if len(value) != 1:
-                raise self.error(f'"{name}" holds {len(value)} texts: write a line for the one to be learnt')
+                raise self.error(
+                    f'"{name}" holds {len(value)} texts: write a line for the one to be learnt'
+                )
             self.columns[name] = value[0]
         return self.take(name, str)
 
@@ -160,16 +216,23 @@ class Row:
     def advice(self):
         """The end of an error about columns: what there is, and the way out."""
         found = ", ".join(self.columns) or "none"
-        return (f"(columns found: {found}); name them, as in --columns=prompt:question,thoughts:cot,response:output,"
-                "answer:solution, or rewrite the file: for row in rows: print(json.dumps({"
-                '"prompt": row[...], "reasoning_content": row[...], "response": row[...], "answer": row[...]}))')
+        return (
+            f"(columns found: {found}); name them, as in "
+            f"--columns=prompt:question,thoughts:cot,response:output,"
+            "answer:solution, or rewrite the file: for row in rows: print(json.dumps({"
+            '"prompt": row[...], "reasoning_content": row[...], "response": row[...], '
+            '"answer": row[...]}))'
+        )
 
 
 def read_example(row, columns):
     """A row -> Example, its id None if it has none. columns: as in read_examples."""
     for kind, name in columns.items():
         if name not in row.columns:
-            raise row.error(f"--columns={kind}:{name}: this row has no such column, or it is null {row.advice()}")
+            raise row.error(
+                f"--columns={kind}:{name}: this row has no such column, or it is null "
+                f"{row.advice()}"
+            )
     refuse_what_cannot_be_honoured(row)
     chosen = columns or published(row)
 
@@ -186,7 +249,9 @@ def read_example(row, columns):
     if not messages or empty(messages[-1]):
         raise row.error("no prompt, or an empty one")
     if messages[-1]["role"] == "assistant":
-        raise row.error('"messages" must end before the response, with a turn that is not the assistant\'s')
+        raise row.error(
+            '"messages" must end before the response, with a turn that is not the assistant\'s'
+        )
     if empty(turn):
         raise row.error("no response, or an empty one")
     check_weights(row, messages, turn)
@@ -203,7 +268,9 @@ def read_example(row, columns):
 
 
 def published(row):
-    """Which columns to read, {kind: name}, of a row in a published layout with more than one candidate; else {}."""
+    """{kind: name of the column} of a row in a published layout with more than one candidate, or
+    {}.
+    """
     if not row.find(CONVERSATION) and not row.find(["response"]):
         for layout in PUBLISHED:
             if row.columns.keys() >= set(layout.values()):
@@ -212,7 +279,8 @@ def published(row):
 
 
 def read_conversation(row, chosen):
-    """-> the messages before the answer and the turn to learn; None, None if the row holds no conversation.
+    """-> the messages before the answer and the turn to learn; None, None if the row holds no
+    conversation.
 
     The turn is None where the conversation ends before it.
     """
@@ -238,18 +306,26 @@ def read_prompt(row, chosen):
     """The messages of a row that has its question in a column of its own."""
     name = chosen.get("prompt") or only(row, "prompt", PROMPT)
     if name is None:
-        raise row.error(f'no prompt, or an empty one: needs either "prompt" or "messages" {row.advice()}')
-    if isinstance(row.columns[name], list) and all(isinstance(part, dict) for part in row.columns[name]):
+        raise row.error(
+            f'no prompt, or an empty one: needs either "prompt" or "messages" {row.advice()}'
+        )
+    if isinstance(row.columns[name], list) and all(
+        isinstance(part, dict) for part in row.columns[name]
+    ):
         return read_messages(row, name)  # TRL's conversational prompts
     text = row.text(name)
     if name == "instruction" and "prompt" not in chosen and "input" in row.columns:
         more = row.text("input")
-        text = f"{text}\n{more}" if more else text  # alpaca's two halves, joined as LLaMA-Factory does
+        # alpaca's two halves, joined as LLaMA-Factory does
+        text = f"{text}\n{more}" if more else text
     return [{"role": "user", "content": text}]
 
 
 def read_response(row, chosen, question):
-    """-> the turn to learn, and whether this is GSM8K's form (the response in "answer", which ends in #### number)."""
+    """-> the turn to learn, and whether this is GSM8K's form.
+
+    That is a response in "answer", which ends in "#### number".
+    """
     name = chosen.get("response") or only(row, "response", RESPONSE)
     if name is not None:
         value = row.columns[name]
@@ -263,7 +339,11 @@ def read_response(row, chosen, question):
     # LIMO, and Numina: the solution is what to learn
     if question and row.find(["solution"]):
         return {"role": "assistant", "content": row.text(row.find(["solution"])[0])}, False
-    hint = ', or "answer" must end in #### and the number, as GSM8K\'s' if row.find(["question"]) else ""
+    hint = (
+        ', or "answer" must end in #### and the number, as GSM8K\'s'
+        if row.find(["question"])
+        else ""
+    )
     raise row.error(f"no response, or an empty one{hint} {row.advice()}")
 
 
@@ -278,15 +358,18 @@ def add_thoughts(row, chosen, turn):
     if not missing:
         return
     if has_thoughts(held) or "reasoning_content" in turn:
-        row.read -= set(missing.values())  # there are thoughts already: these are listed with the unread columns
+        # there are thoughts already: these columns are listed with the unread ones
+        row.read -= set(missing.values())
         return
     if len(missing) > 1:
-        raise row.error(f"{' and '.join(missing.values())}: which of them are the thoughts? {row.advice()}")
+        raise row.error(
+            f"{' and '.join(missing.values())}: which of them are the thoughts? {row.advice()}"
+        )
     turn["reasoning_content"] = row.text(next(iter(missing.values())))
 
 
 def add_system_and_history(row, messages):
-    """The columns system (or system_prompt) and history (LLaMA-Factory's earlier turns) go in front of the messages."""
+    """system (or system_prompt) and history (LLaMA-Factory's earlier turns) go in front."""
     for name in row.find(["history"]):
         pairs = row.take(name, list)
         turns = []
@@ -328,7 +411,10 @@ def read_answer(row, chosen, is_gsm8k):
 
 
 def gold_of(solution):
-    r"""The answer in a worked solution: what it puts into \boxed{} or behind ####; one short line is the answer."""
+    r"""The answer in a worked solution.
+
+    What it puts into \boxed{} or behind ####; a solution of one short line is the answer.
+    """
     boxed = last_boxed(solution)
     if boxed is not None:
         return boxed
@@ -356,7 +442,7 @@ def read_variables(row):
 
 
 def only(row, kind, names):
-    """The one column that goes by these names, or None; ours ("prompt", "response", "answer") win."""
+    """The one column that goes by these names, or None; "prompt", "response" and "answer" win."""
     found = row.find(names)
     explicit = [name for name in found if name in EXPLICIT]
     if explicit:
@@ -370,7 +456,9 @@ def only(row, kind, names):
 
 def empty(turn):
     """Does a turn say nothing? (A call of a tool needs no words.)"""
-    return not turn["content"].strip() and not turn.get("tool_calls") and not turn.get("function_call")
+    return (
+        not turn["content"].strip() and not turn.get("tool_calls") and not turn.get("function_call")
+    )
 
 
 def has_thoughts(text):
@@ -384,15 +472,16 @@ def is_switch(value):
     return isinstance(value, str) and value.strip().lower() in SWITCHES
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Messages
 
 
 def read_messages(row, name):
     """A column of messages -> a new list of {"role", "content", ...}, all texts in one form.
 
-    ShareGPT's from and value are role and content; content parts of text become one text, and thoughts, under whichever
-    name, reasoning_content. Other keys stay as they are, for the template to render.
+    ShareGPT's from and value are role and content; content parts of text become one text, and
+    thoughts, under whichever name, reasoning_content. Other keys stay as they are, for the
+    template to render.
     """
     return [read_message(row, name, message) for message in row.take(name, list)]
 
@@ -400,7 +489,9 @@ def read_messages(row, name):
 def read_message(row, name, message):
     if not isinstance(message, dict):
         raise row.error(f'"{name}" must be objects with "role" and "content", both texts')
-    message = {key: value for key, value in message.items() if value is not None and key not in row.ignore}
+    message = {
+        key: value for key, value in message.items() if value is not None and key not in row.ignore
+    }
     if "role" not in message and "from" in message:
         sharegpt = {"from": "role", "value": "content"}
         message = {sharegpt.get(key, key): value for key, value in message.items()}
@@ -428,7 +519,10 @@ def read_message(row, name, message):
 
 
 def join_parts(row, name, parts):
-    """Content parts, [{"type": "text", "text": ...}, ...] -> their text, and a list of at most one text of thoughts."""
+    """Content parts, [{"type": "text", "text": ...}, ...] -> their text, and their thoughts.
+
+    The latter are a list of at most one text.
+    """
     texts = []
     thoughts = []
     for part in parts:
@@ -440,13 +534,15 @@ def join_parts(row, name, parts):
         is_thought = kind in ("thinking", "reasoning")
         text = part.pop(kind if is_thought and kind in part else "text", None)
         if not (is_thought or kind == "text") or not isinstance(text, str) or part:
-            raise row.error(f'"{name}": a content part of type {kind!r} with {", ".join(part) or "no text"} '
-                            "cannot be read; only texts and thoughts can")
+            raise row.error(
+                f'"{name}": a content part of type {kind!r} with {", ".join(part) or "no text"} '
+                "cannot be read; only texts and thoughts can"
+            )
         (thoughts if is_thought else texts).append(text)
     return "".join(texts), ["\n".join(thoughts)] if thoughts else []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What means something but cannot be done
 
 
@@ -460,117 +556,44 @@ def refuse_what_cannot_be_honoured(row):
         if row.columns[name] in (1, True):
             row.read.add(name)
         elif isinstance(row.columns[name], bool | int | float):
-            raise row.error(f'"{name}" is {row.columns[name]}, but all examples count the same here: take this one '
-                            f"out, or --ignore={name}")
+            raise row.error(
+                f'"{name}" is {row.columns[name]}, but all examples count the same here: take '
+                f"this one "
+                f"out, or --ignore={name}"
+            )
     if row.columns.get("functions"):
-        raise row.error('"functions": call it "tools", a list of {"type": "function", "function": {...}}')
+        raise row.error(
+            '"functions": call it "tools", a list of {"type": "function", "function": {...}}'
+        )
     for name in row.find(DETAILS):
         if isinstance(row.columns[name], list | dict):
-            raise row.error(f'"{name}": which tokens to learn is chosen by select.py; --ignore={name} leaves it out')
+            raise row.error(
+                f'"{name}": which tokens to learn is chosen by select.py; --ignore={name} leaves '
+                f"it out"
+            )
     if row.columns.get("label") is False:
-        raise row.error('"label" is false: a response that is not to be imitated; take this line out')
+        raise row.error(
+            '"label" is false: a response that is not to be imitated; take this line out'
+        )
 
 
 def check_weights(row, messages, turn):
-    """Raise InputError where a weight (or train: true, false) asks for another turn than the last to be learnt."""
+    """Raise InputError where a weight, or train: true, asks for another turn than the last one."""
     for message in [*messages, turn]:
         for key in [key for key in WEIGHTS if key in message]:
             value = message.pop(key)
             if value not in (0, 1):
-                raise row.error(f'a message has "{key}": {value!r}; only 0, 1, false and true are understood')
+                raise row.error(
+                    f'a message has "{key}": {value!r}; only 0, 1, false and true are understood'
+                )
             if value and message is not turn:
-                raise row.error(f'an earlier turn has "{key}": {value!r}, but only the last turn is learnt: write the '
-                                f"conversation up to each such turn as a line of its own, or --ignore={key}")
+                raise row.error(
+                    f'an earlier turn has "{key}": {value!r}, but only the last turn is learnt: '
+                    f"write the "
+                    f"conversation up to each such turn as a line of its own, or "
+                    f"--ignore={key}"
+                )
             if not value and message is turn:
-                raise row.error(f'the last turn has "{key}": {value!r}: nothing to learn; take the line out')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A file -> rows
-
-
-def read_rows(path):
-    """A file's rows: (number from 1, "file, line n", dict), one after the other."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if start == b"PAR1":
-        yield from read_parquet(path)
-        return
-    try:
-        with gzip.open(path) if start[:2] == b"\x1f\x8b" else open(path, "rb") as file:
-            if first_character(file) == b"[":
-                yield from read_array(file.read(), path)
-            else:
-                yield from read_lines(file, path)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: a damaged gzip file ({error})") from None
-
-
-def first_character(file):
-    """The first byte that is neither blank nor part of a byte order mark; the file is then read from its start."""
-    start = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    file.seek(0)
-    return start
-
-
-def read_lines(file, path):
-    for number, line in enumerate(file, 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield number, where, as_row(parse_json(line.strip(), where), where)
-
-
-def read_array(text, path):
-    rows = parse_json(text.removeprefix(b"\xef\xbb\xbf"), path)
-    for number, row in enumerate(rows, 1):
-        where = f"{path}, item {number}"
-        yield number, where, as_row(row, where)
-
-
-def read_parquet(path):
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise InputError(f"{path}: a parquet file; pip install pyarrow, or write it as jsonl "
-                         '(datasets.load_dataset("parquet", data_files=...)["train"].to_json(...))') from None
-    number = 0
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, f"{path}, row {number}", row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: a damaged parquet file ({error})") from None
-
-
-def as_row(value, where):
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: not an object but {type(value).__name__}")
-    return value
-
-
-def parse_json(text, where):
-    """Bytes -> a JSON value. Raises InputError for NaN and double keys as well, which json would let pass."""
-
-    def no_key_twice(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {twice!r} stands there twice")
-        return found
-
-    try:
-        value = json.loads(text.decode("utf-8"), parse_constant=float, object_pairs_hook=no_key_twice)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 ({error})") from None
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half of a character, a lone surrogate ({error.reason})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from None
-    return value
+                raise row.error(
+                    f'the last turn has "{key}": {value!r}: nothing to learn; take the line out'
+                )

@@ -1,14 +1,15 @@
-"""A checkpoint's tokenizer.json as a tiktoken Encoding with identical ids, and prompts by its chat template.
+"""A checkpoint's tokenizer.json as a tiktoken Encoding with identical ids, and prompts by its chat
+template.
 
     from hf.tokenizer import load_tokenizer
     tokenizer = load_tokenizer("students/toy-1")
     tokenizer.encode("3+5?")
 
-How a byte-level BPE tokenizer works: added tokens ("<|im_end|>") are cut out first; a regular expression
-splits the rest into pieces (words, numbers, blanks); the bytes of each piece are merged pair by pair, in the
-order of the list of merges. tiktoken does the last two quickly, but it has its own idea of merging (by
-tokens, where Hugging Face goes by pairs), so most of this file finds out where the two agree, and refuses a
-file for which they do not.
+How a byte-level BPE tokenizer works: added tokens ("<|im_end|>") are cut out first; a regular
+expression splits the rest into pieces (words, numbers, blanks); the bytes of each piece are merged
+pair by pair, in the order of the list of merges. tiktoken does the last two quickly, but it has
+its own idea of merging (by tokens, where Hugging Face goes by pairs), so most of this file finds
+out where the two agree, and refuses a file for which they do not.
 
 Next: hf/tokenizer_files.py.
 """
@@ -53,7 +54,10 @@ LETTER = regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]", reg
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a Hugging Face folder. Raises InputError for one that tiktoken cannot express exactly."""
+    """The tokenizer of a Hugging Face folder.
+
+    Raises InputError for one that tiktoken cannot express exactly.
+    """
     return Tokenizer(Path(folder))
 
 
@@ -62,17 +66,19 @@ class Tokenizer:
 
     folder            where it came from
     vocab_size        largest id + 1 (the model's embedding may have more rows)
-    bos_token_id, eos_token_id, pad_token_id, mask_token_id   None where tokenizer_config.json names none
+    bos_token_id, eos_token_id, pad_token_id, mask_token_id   None where tokenizer_config.json
+                                                              names none
     end_of_turn_id    what ends an answer: the token that the chat template writes there, else EOS
     special_ids       ids of the special tokens, a set
     hash              sha256 of everything that determines ids, whatever the file's formatting
     template_hash     sha256 of the chat template's text, None if there is none
     ends              texts of the tokens that end a turn
-    control           texts of the tokens with which the template marks turns: not for texts of a user
+    control           texts of the tokens with which the template marks turns: not for texts of a
+                      user
 
-    Known limit, a handful of characters of the newest Unicode: Python's own NFC may not know them yet, and of
-    several splits in a row (DeepSeek's) all but the last are found by Python's `regex`, which may know them
-    too early.
+    Known limit, a handful of characters of the newest Unicode: Python's own NFC may not know them
+    yet, and of several splits in a row (DeepSeek's) all but the last are found by Python's
+    `regex`, which may know them too early.
     """
 
     def __init__(self, folder):
@@ -99,7 +105,7 @@ class Tokenizer:
         self.adds_bos = self.bos_token_id is not None and self.names["bos_token"] in put_in_front
         self._read_template()
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------
     # Reading tokenizer.json
 
     def _read_splits(self, spec, path):
@@ -110,7 +116,10 @@ class Tokenizer:
                 raise InputError(f"{path}: normalizer {step['type']} is not supported, only NFC")
         steps = _flatten(spec.get("pre_tokenizer"), "pretokenizers")
         if not steps or steps[-1]["type"] != "ByteLevel":
-            raise InputError(f"{path}: the pre-tokenizer does not end in ByteLevel; only byte-level BPE is supported")
+            raise InputError(
+                f"{path}: the pre-tokenizer does not end in ByteLevel; only byte-level BPE is "
+                f"supported"
+            )
         self.nfc = bool(normalizers)
         self.splits = []
         for step in steps:
@@ -133,8 +142,10 @@ class Tokenizer:
         self.compiled = [regex.compile(split, regex.V1) for split in self.splits]
         for split in self.compiled:
             if split.fullmatch(""):
-                raise InputError(f"{path}: the pattern {split.pattern!r} also matches an empty text; "
-                                 "that is not supported")
+                raise InputError(
+                    f"{path}: the pattern {split.pattern!r} also matches an empty text; "
+                    "that is not supported"
+                )
 
     def _read_vocabulary(self, bpe, path):
         """Ranks for tiktoken = the order of the merges, which need not be the order of the ids."""
@@ -150,7 +161,9 @@ class Tokenizer:
         # Hugging Face drops bytes that have no token
         self.missing = {b for b in range(256) if bytes([b]) not in vocabulary}
         if self.missing and bpe.get("unk_token") is not None:
-            raise InputError(f"{path}: bytes without a token, for which unk_token stands, are not supported")
+            raise InputError(
+                f"{path}: bytes without a token, for which unk_token stands, are not supported"
+            )
         ignore_merges = bool(bpe.get("ignore_merges"))
         if ignore_merges and not self.missing and _all_splits_listed(merges):
             made = dict.fromkeys(map("".join, merges))
@@ -164,11 +177,19 @@ class Tokenizer:
             return [tokens[rank] for rank in self.core._encode_single_piece(token)]
 
         for left, right in merges:
-            # this pair makes no token by our count, and yet tiktoken arrives at exactly this pair: not expressible
-            if left + right not in made and parts(_spelt(left + right)) == [_spelt(left), _spelt(right)]:
-                raise InputError(f"{path}: the merge {(left, right)} is listed before those that make its two halves")
-        # Tokens that no merge makes come out only with ignore_merges, and only where they are a whole piece. tiktoken
-        # would also merge into one if merging arrives at two parts of it; from three parts on there is no such danger.
+            # this pair makes no token by our count, and yet tiktoken arrives at exactly this pair:
+            # not expressible
+            if left + right not in made and parts(_spelt(left + right)) == [
+                _spelt(left),
+                _spelt(right),
+            ]:
+                raise InputError(
+                    f"{path}: the merge {(left, right)} is listed before those that make its two "
+                    f"halves"
+                )
+        # Tokens that no merge makes come out only with ignore_merges, and only where they are a
+        # whole piece. tiktoken would also merge into one if merging arrives at two parts of it;
+        # from three parts on there is no such danger.
         orphans = vocabulary.keys() - set(tokens) if ignore_merges else set()
         self.orphans = {token: vocabulary[token] for token in sorted(orphans)}
         safe = [token for token in self.orphans if len(parts(token)) > 2]
@@ -178,7 +199,9 @@ class Tokenizer:
         self.hash = _sha256_json(bpe["vocab"], merges, ignore_merges, self.nfc, self.splits)
 
     def _read_added(self, tokens, vocab, path):
-        """Added tokens are cut out first, the leftmost longest one; those marked normalized only after NFC."""
+        """Added tokens are cut out first, the leftmost longest one; those marked normalized only
+        after NFC.
+        """
         self.added = {}
         self.raw = {}
         self.normalized = {}
@@ -189,7 +212,9 @@ class Tokenizer:
             # Hugging Face goes by the order of the tokens, not by the id that is listed
             usual = vocab.get(name, self.added.get(name, last + 1))
             if not name or token["id"] != usual:
-                raise InputError(f"{path}: added token {name!r} has id {token['id']} and not {usual}")
+                raise InputError(
+                    f"{path}: added token {name!r} has id {token['id']} and not {usual}"
+                )
             self.added[name] = usual
             last = max(last, usual)
             blanks = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
@@ -202,20 +227,24 @@ class Tokenizer:
             kinds.append((usual, token["content"], *flags, *blanks))
         swallows = any(token.get("lstrip") or token.get("rstrip") for token in tokens)
         for name in self.added:
-            if swallows and name != name.strip():  # tokenizers itself panics where one token swallows another
-                raise InputError(f"{path}: added token {name!r} begins or ends in a blank, which others swallow "
-                                 "(lstrip, rstrip); that is not supported")
+            # tokenizers itself panics where one token swallows another
+            if swallows and name != name.strip():
+                raise InputError(
+                    f"{path}: added token {name!r} begins or ends in a blank, which others swallow "
+                    "(lstrip, rstrip); that is not supported"
+                )
         self.special_ids = {token["id"] for token in tokens if token.get("special")}
         self.bytes_of |= {i: name.encode() for name, i in self.added.items()}
         self.find_raw = _any_of(self.raw)
         self.find_normalized = _any_of(self.normalized)
         self.hash = _sha256_json(self.hash, sorted(kinds))
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------
     # Text -> ids -> text
 
     def encode(self, text):
-        """Text -> ids; special and other added tokens in the text become their ids (no BOS is put in front).
+        """Text -> ids; special and other added tokens in the text become their ids (no BOS is put
+        in front).
 
         Raises InputError for a lone surrogate, which is no text.
         """
@@ -224,7 +253,9 @@ class Tokenizer:
             if i is not None:
                 ids.append(i)
                 continue
-            for piece, i in _cut_added(self.find_normalized, self.normalized, self._normalize(part)):
+            for piece, i in _cut_added(
+                self.find_normalized, self.normalized, self._normalize(part)
+            ):
                 ids += self._encode_bpe(piece) if i is None else [i]
         return ids
 
@@ -236,17 +267,25 @@ class Tokenizer:
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def _encode_bpe(self, text):
-        """Ids of normalized text without added tokens: by tiktoken whole, or piece by piece where that differs."""
+        """Ids of normalized text without added tokens: by tiktoken whole, or piece by piece where
+        that differs.
+        """
         try:
             raw = text.encode()
         except UnicodeEncodeError:
-            raise InputError(f"text with a lone surrogate cannot be encoded: {text[:40]!r}") from None
+            raise InputError(
+                f"text with a lone surrogate cannot be encoded: {text[:40]!r}"
+            ) from None
         pieces = [text]
         for split in self.compiled[:-1]:
             pieces = [piece for longer in pieces for piece, _ in _cut(split, longer)]
         # on a million blanks in a row tiktoken's engine overflows its stack
         if not (self.by_piece or self.missing.intersection(raw) or LONG_BLANK.search(text)):
-            return [self.id_of_rank[rank] for piece in pieces for rank in self.whole.encode_ordinary(piece)]
+            return [
+                self.id_of_rank[rank]
+                for piece in pieces
+                for rank in self.whole.encode_ordinary(piece)
+            ]
         for split in self.compiled[-1:]:
             pieces = [piece for longer in pieces for piece, _ in _cut(split, longer)]
         ids = []
@@ -267,7 +306,7 @@ class Tokenizer:
         parts = [self.bytes_of.get(int(i), unknown) for i in ids if int(i) not in skip]
         return b"".join(parts).decode("utf-8", errors="replace")
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------
     # Conversations -> ids
 
     def _read_template(self):
@@ -276,7 +315,9 @@ class Tokenizer:
             self.template_hash = hash_of(self.template_source)
             self.template = compile_template(self.template_source) if self.template_source else None
         except Exception as error:  # not found in the list, not UTF-8, not a text, not Jinja
-            raise InputError(f"{self.folder}: the chat template cannot be read ({error!r})") from None
+            raise InputError(
+                f"{self.folder}: the chat template cannot be read ({error!r})"
+            ) from None
         # what the template writes behind an answer ends a turn, if that is a token of its own
         self.end_of_turn_id = self.eos_token_id
         probe = [
@@ -293,11 +334,14 @@ class Tokenizer:
         ends = {self.end_of_turn_id, self.eos_token_id} - {None}
         self.ends = [self.decode([i]) for i in sorted(ends)]
 
-    def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True, **variables):
-        """messages [{"role", "content"}, ...] -> ids, or text if not tokenize, by the checkpoint's own template.
+    def apply_chat_template(
+        self, messages, add_generation_prompt=False, tokenize=True, **variables
+    ):
+        """messages [{"role", "content"}, ...] -> ids, or text if not tokenize, by the checkpoint's
+        own template.
 
-        Other variables, such as Qwen3's enable_thinking, go to the template as they are. Raises InputError if it
-        fails, or if there is none.
+        Other variables, such as Qwen3's enable_thinking, go to the template as they are. Raises
+        InputError if it fails, or if there is none.
         """
         if not self.template:
             raise InputError(f"{self.folder}: this tokenizer has no chat template")
@@ -311,25 +355,32 @@ class Tokenizer:
         return self.encode(text) if tokenize else text
 
     def encode_prompt(self, messages):
-        """What the student reads before it answers: the template's text up to the answer, or the bare prompt.
+        """What the student reads before it answers: the template's text up to the answer, or the
+        bare prompt.
 
-        The template may rewrite earlier turns (Qwen3's takes the thoughts out of them). Returns ids.
+        The template may rewrite earlier turns (Qwen3's takes the thoughts out of them). Returns
+        ids.
         """
         if self.template:
             return self.apply_chat_template(messages, add_generation_prompt=True)
         if len(messages) != 1:
-            raise InputError(f"{self.folder}: no chat template, so messages cannot be rendered; give a prompt")
+            raise InputError(
+                f"{self.folder}: no chat template, so messages cannot be rendered; give a prompt"
+            )
         return self.encode_bare(messages[0]["content"])
 
     def encode_bare(self, prompt):
-        """A prompt that needs no template -> ids, with BOS in front if that is the tokenizer's way."""
+        """A prompt that needs no template -> ids, with BOS in front if that is the tokenizer's
+        way.
+        """
         ids = self.encode(prompt)
         if self.adds_bos and ids[:1] != [self.bos_token_id]:
             return [self.bos_token_id, *ids]
         return ids
 
     def encode_response(self, response):
-        """What the student is to write: the response, verbatim, and the token that ends a turn. Returns ids.
+        """What the student is to write: the response, verbatim, and the token that ends a turn.
+        Returns ids.
 
         A response that ends its turn itself does not get a second end.
         """
@@ -339,22 +390,27 @@ class Tokenizer:
         return ids + [self.end_of_turn_id]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Merging by pairs (Hugging Face) and by tokens (tiktoken)
 
 
 def _merge_order(merges):
-    """The tokens that merging can make, by rank: {token: (left, right)} in the order of the list of (left, right).
+    """The tokens that merging can make, by rank: {token: (left, right)} in the order of the list
+    of (left, right).
 
-    Hugging Face merges two neighbours if they are a pair of the list, tiktoken if together they are a token with a
-    rank. That is the same as long as each token with a rank comes out when its own bytes are merged, by the pair that
-    is listed. Files list more than that: after `b c`, the pair `ab c` never meets, since its b is gone into bc.
+    Hugging Face merges two neighbours if they are a pair of the list, tiktoken if together they
+    are a token with a rank. That is the same as long as each token with a rank comes out when its
+    own bytes are merged, by the pair that is listed. Files list more than that: after `b c`, the
+    pair `ab c` never meets, since its b is gone into bc.
     """
     made = {}
     rank = {}
 
     def meet(left, right):
-        """Are left and right ever neighbours? Undo their merges, latest first: does a merge across come earlier?"""
+        """Are left and right ever neighbours?
+
+        Undo their merges, latest first: does a merge across come earlier?
+        """
         before = len(rank)
         while True:
             if made.get(left + right) == (left, right) and rank[left + right] < before:
@@ -377,7 +433,8 @@ def _merge_order(merges):
 
 
 def _all_splits_listed(merges):
-    """Is each token listed with all its splits into two tokens (files converted from tiktoken's, like Llama 3's)?
+    """Is each token listed with all its splits into two tokens (files converted from tiktoken's,
+    like Llama 3's)?
 
     Then merging by pairs is merging by tokens, whatever the order.
     """
@@ -397,8 +454,9 @@ def _all_splits_listed(merges):
 def _encoding(tokens, splits):
     """A tiktoken Encoding of tokens (bytes) in order of rank.
 
-    tiktoken's own regex engine makes the last split: it is faster and has Hugging Face's Unicode. What no alternative
-    of the pattern matches it would drop, where Hugging Face keeps it as a piece of its own: hence the last one here.
+    tiktoken's own regex engine makes the last split: it is faster and has Hugging Face's Unicode.
+    What no alternative of the pattern matches it would drop, where Hugging Face keeps it as a
+    piece of its own: hence the last one here.
     """
     pattern = splits[-1] if splits else r"[\s\S]+"
     return tiktoken.Encoding(
@@ -409,15 +467,20 @@ def _encoding(tokens, splits):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Parts of the files
 
 
 def _check_bpe(bpe, path):
-    """tokenizer.json's "model" -> its merges, a list of pairs. Raises InputError if it is not byte-level BPE."""
+    """tokenizer.json's "model" -> its merges, a list of pairs.
+
+    Raises InputError if it is not byte-level BPE.
+    """
     beyond = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
     if bpe.get("type") != "BPE" or any(bpe.get(key) for key in beyond):
-        raise InputError(f"{path}: only byte-level BPE is supported (no SentencePiece, no byte_fallback)")
+        raise InputError(
+            f"{path}: only byte-level BPE is supported (no SentencePiece, no byte_fallback)"
+        )
     if bpe.get("dropout"):
         raise InputError(f"{path}: BPE dropout is not supported")
     ids = list(bpe["vocab"].values())
@@ -455,8 +518,8 @@ def _any_of(contents):
 def _cut_added(pattern, tokens, text):
     """All of `text` in order, as (part, None) between added tokens and ("", id) for each of them.
 
-    tokens: {name: (id, its flags)}. A token with lstrip or rstrip swallows the blanks on that side; one with
-    single_word counts only where no letter or digit touches it.
+    tokens: {name: (id, its flags)}. A token with lstrip or rstrip swallows the blanks on that
+    side; one with single_word counts only where no letter or digit touches it.
     """
     at = 0
     for match in pattern.finditer(text) if pattern else ():
@@ -478,7 +541,9 @@ def _cut_added(pattern, tokens, text):
 
 
 def _cut(pattern, text):
-    """All of `text` in order, as (part, does the pattern match it); parts between two matches are kept."""
+    """All of `text` in order, as (part, does the pattern match it); parts between two matches are
+    kept.
+    """
     at = 0
     for match in pattern.finditer(text) if pattern else ():
         if match.start() > at:

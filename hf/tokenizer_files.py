@@ -1,10 +1,10 @@
 """The files of a tokenizer -> one object in tokenizer.json's form.
 
-tokenizer.json holds everything in most folders, but not in all. Older ones have vocab.json and merges.txt
-instead, from which a class in transformers builds the rest. And tokens may be declared elsewhere: in
-tokenizer_config.json (added_tokens_decoder, or as the pad_token ...), added_tokens.json,
-special_tokens_map.json. transformers adds them to the vocabulary; so does this file, or it names the token
-that does not fit.
+tokenizer.json holds everything in most folders, but not in all. Older ones have vocab.json and
+merges.txt instead, from which a class in transformers builds the rest. And tokens may be declared
+elsewhere: in tokenizer_config.json (added_tokens_decoder, or as the pad_token ...),
+added_tokens.json, special_tokens_map.json. transformers adds them to the vocabulary; so does this
+file, or it names the token that does not fit.
 
 Next: hf/template.py.
 """
@@ -25,12 +25,18 @@ LISTED = ("additional_special_tokens", "extra_special_tokens")
 
 
 def read_spec(folder):
-    """A folder's tokenizer.json, or what it would be. Raises InputError if there is neither that nor a vocabulary."""
+    """A folder's tokenizer.json, or what it would be.
+
+    Raises InputError if there is neither that nor a vocabulary.
+    """
     path = folder / "tokenizer.json"
     if path.exists() or not (folder / "vocab.json").exists():
         return read_json(path)
     kind = _config(folder).get("tokenizer_class")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": bool(_config(folder).get("add_prefix_space"))}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": bool(_config(folder).get("add_prefix_space")),
+    }
     if kind in QWEN2_CLASSES:
         split = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated"}
         normalizer = {"type": "NFC"}
@@ -40,12 +46,19 @@ def read_spec(folder):
         steps = [byte_level | {"use_regex": True}]
     else:
         known = ", ".join((*QWEN2_CLASSES, *GPT2_CLASSES))
-        raise InputError(f"{path}: no such file, and vocab.json is read only for a tokenizer_class of {known}, "
-                         f"not {kind}; save the folder with transformers' save_pretrained, which writes tokenizer.json")
+        raise InputError(
+            f"{path}: no such file, and vocab.json is read only for a tokenizer_class of {known}, "
+            f"not {kind}; save the folder with transformers' save_pretrained, which "
+            f"writes tokenizer.json"
+        )
     return {
         "normalizer": normalizer,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "model": {"type": "BPE", "vocab": read_json(folder / "vocab.json"), "merges": _read_merges(folder)},
+        "model": {
+            "type": "BPE",
+            "vocab": read_json(folder / "vocab.json"),
+            "merges": _read_merges(folder),
+        },
     }
 
 
@@ -61,21 +74,26 @@ def _read_merges(folder):
 
 
 def read_added(folder, spec):
-    """All added tokens, [{"id", "content", flags}, ...]: tokenizer.json's, then those declared in other files.
+    """All added tokens, [{"id", "content", flags}, ...]: tokenizer.json's, then those declared in
+    other files.
 
     Raises InputError for a token that is declared with an id that another one has, or with two ids.
     """
     tokens = [dict(token) for token in spec.get("added_tokens") or []]
     vocab = spec["model"]["vocab"]
     by_name = {token["content"]: token for token in tokens}
-    name_of = {i: name for name, i in vocab.items()} | {token["id"]: token["content"] for token in tokens}
+    name_of = {i: name for name, i in vocab.items()} | {
+        token["id"]: token["content"] for token in tokens
+    }
     for i, declared in sorted(_declared_with_ids(folder).items()):
         name = declared["content"]
         usual = by_name[name]["id"] if name in by_name else vocab.get(name, i)
         if usual != i or name_of.setdefault(i, name) != name:
             there = f", where it has {usual}" if usual != i else ""
-            raise InputError(f"{folder}: token {name!r} is declared with id {i}, which is {name_of.get(i)!r} in "
-                             f"tokenizer.json{there}")
+            raise InputError(
+                f"{folder}: token {name!r} is declared with id {i}, which is {name_of.get(i)!r} in "
+                f"tokenizer.json{there}"
+            )
         if name not in by_name:
             by_name[name] = {}
             tokens.append(by_name[name])
@@ -90,7 +108,9 @@ def read_added(folder, spec):
 
 
 def _declared_with_ids(folder):
-    """{id: {"id", "content", flags}} of added_tokens_decoder and added_tokens.json; the former's flags win."""
+    """{id: {"id", "content", flags}} of added_tokens_decoder and added_tokens.json; the former's
+    flags win.
+    """
     found = {}
     path = folder / "added_tokens.json"
     for name, i in (read_json(path) if path.exists() else {}).items():
@@ -99,8 +119,14 @@ def _declared_with_ids(folder):
         found[i] = {"id": i, "content": name}
     for key, token in (_config(folder).get("added_tokens_decoder") or {}).items():
         where = folder / "tokenizer_config.json"
-        if not key.isdecimal() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise InputError(f"{where}: added_tokens_decoder has {key}: {token}, not an id and a token")
+        if (
+            not key.isdecimal()
+            or not isinstance(token, dict)
+            or not isinstance(token.get("content"), str)
+        ):
+            raise InputError(
+                f"{where}: added_tokens_decoder has {key}: {token}, not an id and a token"
+            )
         flags = {flag: bool(token.get(flag)) for flag in FLAGS}
         found[int(key)] = {"id": int(key), "content": token["content"]} | flags
     return found
@@ -119,7 +145,9 @@ def _declared_by_name(folder):
 
 
 def read_names(folder):
-    """{"eos_token": "...", ...} of special_tokens_map.json and tokenizer_config.json; the latter wins."""
+    """{"eos_token": "...", ...} of special_tokens_map.json and tokenizer_config.json; the latter
+    wins.
+    """
     named = {}
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         for key, value in (read_json(path) if path.exists() else {}).items():
@@ -127,7 +155,9 @@ def read_names(folder):
                 continue
             text = value.get("content") if isinstance(value, dict) else value
             if not isinstance(text, str):
-                raise InputError(f'{path}: {key} is neither a text nor an object with a "content" that is one')
+                raise InputError(
+                    f'{path}: {key} is neither a text nor an object with a "content" that is one'
+                )
             named[key] = text
     return named
 

@@ -22,6 +22,7 @@ from text_world import (
 
 import data
 from hf import tokenizer as tokenizer_file
+from plumbing import tally
 from plumbing.config import InputError, read_json, write_json
 
 
@@ -62,7 +63,7 @@ def test_every_form_of_a_line_becomes_prompt_and_response(here, capsys):
         "n_examples": 5, "n_tokens": len(expected), "too_long": 0, "max_tokens": 0, "verifier": "auto",
         "source": "in.jsonl", "tokenizer_hash": tokenizer_file.load_tokenizer("student").hash,
         "template_hash": hashlib.sha256(QWEN3.encode()).hexdigest(), "template_kwargs": {}, "date": "",
-        "counts": dict.fromkeys(data.COUNTED, 0) | {"with_thoughts": 1, "without_thoughts": 4, "with_answer": 4,
+        "counts": dict.fromkeys(tally.COUNTED, 0) | {"with_thoughts": 1, "without_thoughts": 4, "with_answer": 4,
                                                     "graded_right": 2, "earlier_answers": 1},
         "command": ["data.py", "--some=key"]}  # fmt: skip
     said = capsys.readouterr().out
