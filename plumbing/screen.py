@@ -1,7 +1,7 @@
 """What train.py prints: the run, a status line that is rewritten in place, a line per record.
 
 Only process 0 prints. A reader that has gone away (`| head`) does not stop the training.
-Next: plumbing/parallel.py.
+Next: plumbing/rows.py.
 """
 
 import os
