@@ -169,7 +169,7 @@ def command(main, cls):
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if "RANK" in os.environ:
             # torch's process groups can hang for minutes when the interpreter cleans up after an
             # interrupt; torchrun would kill this process, and all is written and said
             sys.stdout.flush()
