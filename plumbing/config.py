@@ -63,7 +63,7 @@ def parse(cls, argv=None):
 
 
 def _typed(key, text, kind):
-    if not isinstance(kind, str):  # annotations are texts under `from __future__ import annotations`
+    if not isinstance(kind, str):  # a text under `from __future__ import annotations`
         kind = kind.__name__
     try:
         if kind == "bool":
@@ -130,7 +130,7 @@ def require_given(cfg, *keys):
 
 
 def help_text(cls):
-    """The docstring of the command's file and one line a key, read from the dataclass's own source."""
+    """The docstring of the command's file and a line per key, read from the dataclass's source."""
     # the command's own keys first, then those of the dataclasses it inherits from
     classes = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
     source = "\n".join(inspect.getsource(one) for one in classes)
@@ -150,7 +150,7 @@ def help_text(cls):
 
 
 def command(main, cls):
-    """Run `main(**given)` for a shell; an InputError or a failing file becomes one line, exit code 1.
+    """Run `main(**given)` for a shell; InputError or a failing file: one line, exit code 1.
 
     Ctrl-C exits with 130, and a reader that has gone away (`| head`) with 141 and without a word,
     as with any command.
@@ -170,8 +170,8 @@ def command(main, cls):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         if "RANK" in os.environ:
-            # torch's process groups can hang for minutes when the interpreter cleans up after an
-            # interrupt; torchrun would kill this process, and all is written and said
+            # All is written and said, and torch's process groups can hang when the interpreter
+            # cleans up after an interrupt, until torchrun kills this process
             sys.stdout.flush()
             os._exit(130)
         raise SystemExit(130) from None
