@@ -378,6 +378,23 @@ class LinearNLL(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
+@torch.no_grad()
+def nll_and_entropy(hidden, weight, targets, chunk):
+    """LinearNLL's values, and from the same logits the entropy of each row: two (N,) float32, nats.
+
+    For recording only, without a gradient: entropy beside log-probability costs no second pass.
+    """
+    nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    entropy = torch.empty_like(nll)
+    for i in range(0, len(hidden), chunk):
+        rows = slice(i, i + chunk)
+        logits = F.linear(hidden[rows], weight).float()
+        total = logits.logsumexp(-1)
+        nll[rows] = total - logits.gather(1, targets[rows, None]).squeeze(1)
+        entropy[rows] = total - (logits.softmax(-1) * logits).sum(-1)  # -sum p log p
+    return nll, entropy
+
+
 class Body(nn.Module):
     """All but the head: a module only because names in checkpoints begin with "model."."""
 
@@ -413,7 +430,15 @@ class Transformer(nn.Module):
         return self
 
     def forward(
-        self, ids, targets=None, *, positions=None, attention=None, cache=None, logits_at=None
+        self,
+        ids,
+        targets=None,
+        *,
+        positions=None,
+        attention=None,
+        cache=None,
+        logits_at=None,
+        entropy=False,
     ):
         """ids (B, T) int64 -> logits (B, T, V), or with `targets` the NLL (B, T) in float32.
 
@@ -424,6 +449,8 @@ class Transformer(nn.Module):
                    where a key is seen, or flex_attention's BlockMask; default: the family's own.
         cache      a Cache: keys and values are written at `positions`, and earlier ones are seen.
         logits_at  (B,) or (B, R): only the logits of these positions, (B, 1 or R, V).
+        entropy    with targets: -> (NLL, entropy of the distribution in nats), both (B, T), without
+                   a gradient.
         """
         B, T = ids.shape
         if positions is None:
@@ -449,8 +476,12 @@ class Transformer(nn.Module):
         scored = targets != -100
         at = scored.nonzero(as_tuple=True)  # the N scored positions; once, since a GPU waits here
         chunk = max(1, 2**26 // self.config.vocab_size)  # 64 M logits are 256 MiB in float32
+        empty = torch.zeros(B, T, device=x.device)
+        if entropy:
+            found = nll_and_entropy(x[at], head, targets[at], chunk)
+            return tuple(empty.masked_scatter(scored, values) for values in found)
         nll = LinearNLL.apply(x[at], head, targets[at], chunk)  # (N,)
-        return torch.zeros(B, T, device=x.device).masked_scatter(scored, nll)
+        return empty.masked_scatter(scored, nll)
 
     def who_sees_whom(self, B, T, positions, attention, cache):
         """-> (mask or None, use the kernel's causal mask?). Tells the cache where to write."""

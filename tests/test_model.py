@@ -241,3 +241,29 @@ def test_linear_nll_memory_does_not_grow_with_rows():
             ).sum().backward()
         seen.append(largest.numel)
     assert seen == [chunk * V, chunk * V]
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_entropy_equals_float64_and_leaves_the_nll_as_it_is(chunk):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20, 16, generator=generator)
+    weight = torch.randn(50, 16, generator=generator) * 2
+    hidden[0] *= 30  # as good as certain: p log p of what is impossible must be 0, not nan
+    targets = torch.randint(50, (20,), generator=generator)
+    nll, entropy = model.nll_and_entropy(hidden, weight, targets, chunk)
+    assert torch.equal(nll, model.LinearNLL.apply(hidden, weight, targets, chunk))
+    p = (hidden.double() @ weight.double().T).softmax(-1)
+    exact = -torch.xlogy(p, p).sum(-1)
+    assert (entropy.double() - exact).abs().max() < 2e-4 and entropy[0].abs() < 1e-4
+
+
+def test_a_forward_pass_gives_entropy_beside_the_nll(twin):
+    student = model.load(twin("qwen3")[0])
+    ids, targets = torch.randint(0, 50, (2, 9)), torch.randint(0, 50, (2, 9))
+    targets[0, 3:] = -100
+    nll, entropy = student(ids, targets, entropy=True)
+    logp = student(ids).double().log_softmax(-1)
+    exact = -(logp.exp() * logp).sum(-1)
+    assert torch.equal(nll, student(ids, targets))
+    assert (entropy - exact)[targets != -100].abs().max() < 1e-5
+    assert (entropy[targets == -100] == 0).all() and not entropy.requires_grad
