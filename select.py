@@ -375,7 +375,8 @@ def bottleneck_curves(trajectory, response, spans, smooth):
     if np.isnan(list(accuracy.values())).any():
         accuracy = dict.fromkeys(accuracy)
     else:
-        correct = {step: t["correct"] for step, t in trajectory.items()}
+        graded = ~np.isnan([t["correct"] for t in trajectory.values()]).any(0)  # --record_problems
+        correct = {step: t["correct"][graded] for step, t in trajectory.items()}
         bootstrap = bootstrap_bottleneck(correct, smooth=smooth)
     fallen = falls(trajectory, response, spans)
     sizes = spans[:, 1] - spans[:, 0]

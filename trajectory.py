@@ -69,7 +69,7 @@ def record(run, step):
 
     def write():
         accuracy = np.nan if line["accuracy"] is None else line["accuracy"]
-        logprob = np.memmap(partial, dtype="<f4", mode="r")
+        logprob, *more = stored_planes(run, partial)
         with whole_file(home / f"{step:06d}.npz") as aside, open(aside, "wb") as file:
             np.savez(
                 file,
@@ -79,6 +79,7 @@ def record(run, step):
                 step=step,
                 sha256=run.train_set.sha256,
                 tokenizer_hash=run.tokenizer.hash,
+                **({"entropy": more[0]} if more else {}),
             )
         apart = nll_apart(run, logprob)
         for left in home.glob(f".{step:06d}.*"):  # the partial files
@@ -96,9 +97,11 @@ def record(run, step):
 def sweep(run, partial, step):
     """Fill the file `partial` with c_t -> mean NLL of a response token.
 
-    partial: (n_tokens,) float32, nan at prompts. Nothing is held longer than a forward pass, so the
-    data may be as large as the disk. An interrupted sweep continues with the passes it lacks, the
-    same ones as before: every value is what it would have been.
+    partial: (n_tokens,) float32, nan at prompts; of an autoregressive student another (n_tokens,)
+    follows, the entropy of its distribution there, which the same forward pass gives. Nothing is
+    held longer than a forward pass, so the data may be as large as the disk. An interrupted sweep
+    continues with the passes it lacks, the same ones as before: every value is what it would have
+    been.
     """
     spans = run.train_set.spans
     done = on_process_0(lambda: begin(run, partial))  # (n,) bool
@@ -114,12 +117,14 @@ def sweep(run, partial, step):
             parts = [scored]
         if rank() == 0:
             with open(partial, "rb+") as file:
-                for example, logprob in (pair for part in parts for pair in part):
-                    file.seek(4 * spans[example, 1])
-                    file.write(logprob.astype("<f4").tobytes())
+                for example, values in (pair for part in parts for pair in part):
+                    # c_t last: where it stands, everything does
+                    for plane in reversed(range(len(values))):
+                        file.seek(4 * (plane * len(run.train_set.tokens) + spans[example, 1]))
+                        file.write(values[plane].astype("<f4").tobytes())
 
     def finish():
-        stored = np.memmap(partial, dtype="<f4", mode="r")
+        stored = stored_planes(run, partial)[0]
         total = math.fsum(float(stored[a:b].sum(dtype=np.float64)) for _, a, b in spans)
         if not math.isfinite(total):
             partial.unlink()
@@ -134,33 +139,44 @@ def sweep(run, partial, step):
 
 def begin(run, partial):
     """Make the file that a sweep fills, unless it is there -> which examples are done, (n,) bool."""
-    n = len(run.train_set.tokens)
+    n = planes(run) * len(run.train_set.tokens)
     if not partial.exists() or partial.stat().st_size != 4 * n:
         with whole_file(partial) as aside, open(aside, "wb") as file:
             # written, not seeked over: a full disk is noticed here, not in the middle of the sweep
             for i in range(0, n, 2**20):
                 file.write(np.full(min(2**20, n - i), np.nan, dtype="<f4").tobytes())
-    stored = np.memmap(partial, dtype="<f4", mode="r")
+    stored = stored_planes(run, partial)[0]
     return np.array([np.isfinite(stored[a:b]).all() for _, a, b in run.train_set.spans])
 
 
+def planes(run):
+    """How many numbers are recorded of a token: c_t, and the entropy of an autoregressive student."""
+    return 1 if run.shape.is_diffusion else 2
+
+
+def stored_planes(run, partial):
+    """The file of a sweep as arrays, each (n_tokens,) float32."""
+    return np.memmap(partial, dtype="<f4", mode="r").reshape(planes(run), -1)
+
+
 def score(run, rows):
-    """c_t of the response tokens of each example in `rows`: yields (example, (n,) float32)."""
+    """What is recorded of each example in `rows`: yields (example, (planes, n) float32)."""
     if run.shape.is_diffusion:
         examples = flat(rows)
         keys = {"draws": run.cfg.confidence_draws, "seed": run.cfg.seed}
         found = diffusion.confidence(run.student, run.train_set, examples, **keys)
-        yield from zip(examples.tolist(), found, strict=True)
+        yield from ((int(i), logprob[None]) for i, logprob in zip(examples, found, strict=True))
         return
     batch = next_token_batch(run, rows)
     positions, attention = batch["positions"], batch["attention"]
-    nll = run.student(batch["ids"], batch["targets"], positions=positions, attention=attention)
-    nll = nll.cpu().numpy()  # (B, T): position i predicts token i + 1
+    how = {"positions": positions, "attention": attention, "entropy": True}
+    nll, entropy = run.student(batch["ids"], batch["targets"], **how)
+    values = torch.stack([-nll, entropy]).cpu().numpy()  # (2, B, T): position i predicts i + 1
     for row, packed in enumerate(rows):
         at = 0
         for example in packed:
             start, prompt_end, end = run.train_set.spans[example]
-            yield example, -nll[row, at + prompt_end - start - 1 : at + end - start - 1]
+            yield example, values[:, row, at + prompt_end - start - 1 : at + end - start - 1]
             at += end - start
 
 

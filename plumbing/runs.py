@@ -182,7 +182,8 @@ def records(run):
 def load_trajectory(run):
     """runs/<run>/trajectory/*.npz -> {step: arrays}; each array is read when it is asked for.
 
-    logprob (n_tokens,) float32 nats, nan at prompts; correct (n_examples,); accuracy; step; sha256;
+    logprob (n_tokens,) float32 nats, nan at prompts; entropy likewise (autoregressive students);
+    correct (n_examples,), nan for problems that were not asked; accuracy; step; sha256;
     tokenizer_hash. Raises InputError if there are none, or if they describe different data.
     """
     folder = run_folder(run) / "trajectory"

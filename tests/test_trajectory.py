@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from asking import lines
 from worlds import KEYS
 
@@ -158,3 +159,32 @@ def test_a_probe_is_pass_1_selection_and_pass_2_in_one_command(here):
     train.main(run="fast", resume=True)
     assert Path("runs/fast-probe/log.jsonl").read_bytes() == before
     assert read_json("runs/fast/config.json")["config"]["selection"] == "runs/fast-probe/selection/t3s"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_entropy_is_recorded_beside_confidence(here, packing):
+    """Against float64 on the checkpoint's logits, one example at a time; selections can ask for it."""
+    keys = SHORT | dict(eval_data="", packing=packing)
+    train.main(run="sft", **keys)
+    train_set = data.load("data/toy-1/teacher")
+    student = model.load("runs/sft/checkpoints/000002")
+    recorded = np.load("runs/sft/trajectory/000002.npz")
+    response = train_set.response_mask()
+    assert np.isnan(recorded["entropy"][~response]).all()
+    for start, prompt_end, end in train_set.spans:
+        ids = torch.as_tensor(train_set.tokens[start:end].astype(np.int64))[None]
+        with torch.no_grad():
+            logp = student(ids)[0].double().log_softmax(-1)
+        exact = -(logp.exp() * logp).sum(-1)[prompt_end - start - 1 : -1].numpy()
+        assert recorded["entropy"][prompt_end:end] == pytest.approx(exact, abs=1e-5)
+        own = logp[:-1].gather(1, ids[0, 1:, None])[prompt_end - start - 1 :, 0].numpy()
+        assert recorded["logprob"][prompt_end:end] == pytest.approx(own, abs=1e-5)
+    folder = load_select().main(run="sft", bottleneck=2, rule="entropy_high", share=0.2, show=0)
+    chosen = np.load(folder / "mask.npy")
+    entropy = recorded["entropy"]
+    assert entropy[response & ~chosen].min() >= entropy[response & chosen].max()
+
+
+def test_a_diffusion_student_has_confidence_only(here):
+    train.main(run="dllm", **SHORT | dict(model="llada", eval_data="", steps=1, record_every=1, max_new_tokens=4))
+    assert "entropy" not in np.load("runs/dllm/trajectory/000001.npz")
