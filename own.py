@@ -17,15 +17,13 @@ complete. Next: data.py.
 import json
 from dataclasses import dataclass
 
-import torch
-
 import data
 import eval as evaluation
 from hf.families import local_folder
 from hf.tokenizer import load_tokenizer
 from model import load
 from plumbing.config import InputError, command, require, whole_file
-from plumbing.parallel import pick_device
+from plumbing.parallel import pick_device, pick_dtype
 from sample import Sampling
 
 
@@ -36,9 +34,9 @@ class Config(Sampling):
     out: str = ""  # the jsonl file to write
     samples: int = 1  # answers per problem, of which one is kept
     correct: bool = False  # keep right answers only; a problem without one is left out
-    batch_size: int = 64  # answers written at the same time; changes memory and speed, not the answers
+    batch_size: int = 64  # answers written at the same time: memory and speed, not the answers
     device: str = ""  # cpu, cuda, ...; default: cuda if there is one
-    dtype: str = "float32"  # float32 or bfloat16
+    dtype: str = ""  # float32 or bfloat16; default: bfloat16 on a GPU, float32 elsewhere
 
 
 def main(**given):
@@ -51,7 +49,9 @@ def main(**given):
     for key in ("model", "data", "out"):
         if not getattr(cfg, key):
             raise InputError(f"--{key} is missing (--help lists the keys)")
-    require(cfg, samples=(1, None), batch_size=(1, None), dtype=("float32", "bfloat16"))
+    require(cfg, samples=(1, None), batch_size=(1, None))
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
     folder = local_folder(cfg.model)
     tokenizer = load_tokenizer(folder)
     problems = data.load(cfg.data)
@@ -59,7 +59,7 @@ def main(**given):
         message = f"{cfg.data}: made with another tokenizer than {cfg.model} has"
         raise InputError(f"{message}; run data.py with that folder")
     prompts = [prompt_text(tokenizer, problems, i) for i in range(len(problems))]
-    student = load(folder, pick_device(cfg.device), getattr(torch, cfg.dtype))
+    student = load(folder, device, dtype)
     _, rows = evaluation.evaluate(
         student,
         tokenizer,

@@ -11,7 +11,7 @@ alike. Peaks of memory are those of a process that does one side and nothing els
 kept, with the machine they came from: docs/LOG.md.
 
 Here: the command, and what is compared with transformers. The rest of the sections: bench_parts.py
-(loss, experts, keys of train.py), bench_diffusion.py. How it is measured: measure.py.
+(loss, experts, keys of train.py), bench_diffusion.py, bench_gpu.py. How it is measured: measure.py.
 """
 
 import os
@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import bench_diffusion
+import bench_gpu
 import bench_parts
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ from plumbing.config import InputError, command
 
 @dataclass
 class Config:
-    what: str = ""  # sections, separated by commas; default: all of them
+    what: str = ""  # sections, separated by commas; default: all but gpu, which is for a machine with one
     model: str = ""  # a Hugging Face folder or hub id; default: random weights of SmolLM2-135M's shape
     data: str = ""  # a jsonl file for data.py, with --model; default: random ids, lengths as GSM8K's
     threads: int = 2  # of the CPU
@@ -65,7 +66,7 @@ def main(**given):
     """Run the sections, print the table -> its lines, dicts: section, what, ours, other, ratio,
     wanted."""
     cfg = Config(**given)
-    names = cfg.what.split(",") if cfg.what else list(SECTIONS)
+    names = cfg.what.split(",") if cfg.what else [name for name in SECTIONS if name != "gpu"]
     for name in names:
         if name not in SECTIONS:
             raise InputError(f"--what={name}: must be among {', '.join(SECTIONS)}")
@@ -188,9 +189,9 @@ def our_steps(run):
         yield done["loss"], done["tokens"]
 
 
-def trainer_steps(run, after_step):
+def trainer_steps(run, after_step, bf16=False):
     """The same updates by transformers' Trainer -> their losses. after_step() is called when a step
-    is done.
+    is done. bf16: with autocast.
 
     It gets its micro-batches ready-made, and without an attention mask: padding lies on the right,
     where causal attention never looks, and without a mask its attention is faster. It logs and
@@ -226,7 +227,9 @@ def trainer_steps(run, after_step):
             max_grad_norm=cfg.clip,
             lr_scheduler_type=cfg.schedule,
             train_sampling_strategy="sequential",
-            use_cpu=True,
+            use_cpu=run.device.type == "cpu",
+            bf16=bf16,
+            gradient_checkpointing=cfg.checkpoint_activations,
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
@@ -339,6 +342,7 @@ SECTIONS = {
     "masked": bench_diffusion.masked_section,
     "blocks": bench_diffusion.blocks_section,
     "threshold": bench_diffusion.threshold_section,
+    "gpu": bench_gpu.gpu_section,
 }
 
 if __name__ == "__main__":
