@@ -134,7 +134,7 @@ def check_keys(config, keys):
     if config.is_diffusion:
         resolve_corruption(config, keys)
         return
-    for key, default in asdict(Corruption()).items():
+    for key, default in {**asdict(Corruption()), "confidence_draws": 0}.items():
         value = getattr(keys, key)
         if value != default:
             raise InputError(

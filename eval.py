@@ -23,13 +23,13 @@ import numpy as np
 
 import likelihood
 from data import load as load_data
-from hf.families import local_folder
+from hf.families import local_folder, read_config
 from hf.tokenizer import load_tokenizer
 from model import load
 from plumbing.config import InputError, command, require, whole_file, write_json
 from plumbing.parallel import gather, in_step, pick_device, pick_dtype, rank, world_size
 from plumbing.runs import find_checkpoint, run_folder, run_keys
-from sample import Sampling, sample
+from sample import Sampling, check_used, sample
 from verify import THOUGHTS, VERIFIERS, judge, opens_thoughts, unmatchable
 
 
@@ -238,6 +238,7 @@ def main(**given):
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     check_tokenizers(cfg, jobs, problems)
+    check_used([read_config(folder) for _, folder, _ in jobs], cfg)
 
     results = {}
     width = max(len(name) for name, _, _ in jobs)

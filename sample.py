@@ -130,6 +130,30 @@ def check_sampling(config, prompts, sampling):
             )
 
 
+MASKED_DIFFUSION = (
+    "block_length",
+    "denoising_steps",
+    "threshold",
+    "remasking",
+    "cfg_scale",
+    "eos_rule",
+    "edit_threshold",
+)
+
+
+def check_used(configs, sampling):
+    """Raise InputError for a key of masked-diffusion students if all of these are autoregressive."""
+    if any(config.is_diffusion for config in configs):
+        return
+    for key in MASKED_DIFFUSION:
+        value = getattr(sampling, key)
+        if value != getattr(Sampling, key):
+            raise InputError(
+                f"--{key}={value} is about masked-diffusion students, and {configs[0].model_type} "
+                "is autoregressive"
+            )
+
+
 def next_token(logits, u, temperature, top_p, top_k):
     """logits (B, V), uniforms u (B,) -> ids (B,): inverse CDF over ids in their order; temperature 0: the likeliest.
 
@@ -653,6 +677,7 @@ def main(**given):
     tokenizer = load_tokenizer(folder)
     if cfg.chat and not tokenizer.template:
         raise InputError(f"{folder}: no chat template, so there is no --chat=true; ask with --prompt")
+    check_used([config], cfg)
     if config.is_diffusion:
         resolve_decoding(config, [], cfg)
     else:

@@ -270,7 +270,7 @@ def tau_of_share(delta, share, kind):
 class Config:
     run: str = ""  # the run whose trajectory decides: runs/<run>
     rule: str = "t3s"  # t3s, inverse, all, rrt (writes a model), or a control: --rule=? names all
-    kind: str = "keep"  # keep: what stays in the loss (AR); force: what is masked (diffusion)
+    kind: str = "keep"  # keep: what stays in the loss; force: what is masked (diffusion only)
     tau: float = 0.0  # anchors have delta > tau, yet-to-learn tokens delta < -tau
     share: float = 0.0  # instead of tau: the share of anchors (keep) or yet-to-learn tokens (force)
     bottleneck: str = "accuracy"  # lowest train accuracy; or label_free; or a recorded step

@@ -48,7 +48,7 @@ from plumbing.config import (
 )
 from plumbing.parallel import Interrupt, all_reduce, gather, grad_norm, parallelize, stop
 from plumbing.runs import checkpoint, load_selections, of_pass_1, read_keys, run_folder
-from sample import Sampling, check_sampling, resolve_decoding
+from sample import Sampling, check_sampling, check_used, resolve_decoding
 from trajectory import record
 
 
@@ -441,6 +441,7 @@ def check_recording(cfg, shape, train_set, eval_set):
     if shape.is_diffusion:
         resolve_decoding(shape, prompts, cfg)
     else:
+        check_used([shape], cfg)
         check_sampling(shape, prompts, cfg)
 
 

@@ -1,7 +1,7 @@
 """sample.py: what cannot work is one line that names the key, before any forward pass."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -101,3 +101,20 @@ def test_an_autoregressive_student_fills_no_gaps(world, monkeypatch):
     monkeypatch.chdir(world)
     with pytest.raises(InputError, match="qwen3 is autoregressive: only masked-diffusion students fill gaps"):
         sample.main(model="data/toy-1/untrained", prompt="3+░=8", device="cpu")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("block_length", 8), ("denoising_steps", 4), ("threshold", 0.9), ("remasking", "random"), ("cfg_scale", 1.0),
+    ("eos_rule", "never"), ("edit_threshold", 0.5),
+])  # fmt: skip
+def test_keys_that_no_autoregressive_student_has_are_not_ignored(world, monkeypatch, key, value):
+    monkeypatch.chdir(world)
+    message = f"--{key}={value} is about masked-diffusion students, and qwen3 is autoregressive"
+    with pytest.raises(InputError, match=message):
+        sample.main(model="data/toy-1/untrained", prompt="3+5?", device="cpu", **{key: value})
+    autoregressive, diffusion = make_autoregressive().config, make_student("full").config
+    given = sample.Sampling(**{key: value})
+    with pytest.raises(InputError, match=f"--{key}={value} is about masked-diffusion"):
+        sample.check_used([autoregressive, autoregressive], given)
+    sample.check_used([autoregressive, diffusion], given)  # one table for both kinds
+    assert set(sample.MASKED_DIFFUSION) <= {field.name for field in fields(sample.Sampling)}
