@@ -1,11 +1,15 @@
-"""Masked diffusion: how text is corrupted for training (LLaDA, LLaDA2, T3S), and what a student is confident of.
+"""Masked diffusion: how text is corrupted for training, and what a student is confident of.
 
 A masked-diffusion model sees a text x_t in which some tokens are the mask M, and says at each mask
 which token stood there: position i predicts token i itself, not the next one.
 
-    batch = corrupt_batch(student.config, train_set, examples, Corruption(), seed=0, step=7, length=90)
-    nll = student(batch["ids"], batch["targets"], positions=..., attention=...)   # as train.py does
-    logp = confidence(student, train_set, examples)                               # as trajectory.py does
+    batch = corrupt_batch(config, train_set, examples, Corruption(), seed=0, step=7, length=90)
+    nll = student(batch["ids"], batch["targets"], positions=..., attention=...)   # train.py
+    logp = confidence(student, train_set, examples)                               # trajectory.py
+
+The objectives are LLaDA's and LLaDA2's. T3S changes the corruption in two ways: the tokens that
+fell (yet-to-learn) are masked more often than the others, as in the paper; or those that rose (the
+anchors) leave the loss, which is not in the paper.
 
 Shapes: B rows, T tokens of a row. Arrays are numpy's until the model reads them. Next: sample.py.
 """

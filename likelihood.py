@@ -31,9 +31,10 @@ def logprobs(model, data, indices, draws=128, seed=0, batch_size=64, progress=No
     number of finished examples.
     """
     estimate = bound if model.config.is_diffusion else exact
+    indices = np.asarray(indices, dtype=np.int64)
     found = []
     for start in range(0, len(indices), batch_size):
-        some = np.asarray(indices[start : start + batch_size], dtype=np.int64)
+        some = indices[start : start + batch_size]
         found.append(estimate(model, data, some, draws, seed))
         if progress:
             progress(start + len(some))
@@ -45,8 +46,10 @@ def exact(model, data, examples, draws, seed):
     """Of an autoregressive student -> (n, 1)."""
     device = next(model.parameters()).device
     ids, targets, _ = collate(data, examples)
-    nll = model(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))  # (B, T)
-    return -nll.double().sum(1, keepdim=True).cpu().numpy()
+    ids = torch.from_numpy(ids).to(device)
+    targets = torch.from_numpy(targets).to(device)
+    nll = model(ids, targets).double()  # (B, T)
+    return -nll.sum(1, keepdim=True).cpu().numpy()
 
 
 @torch.no_grad()
@@ -64,9 +67,13 @@ def bound(model, data, examples, draws, seed):
         T = rows.ids.shape[1]
         length = config.block_length if config.attention == "block" else T
         part = np.arange(T) // length  # which block a position belongs to
-        masked, factor = mask_counts(rows, part, (offset + draw / draws) % 1)
-        nll = model(**tensors(hide(rows, masked, config), device))[:, :T]
-        found[:, draw] = -(nll.double().cpu().numpy() * factor).sum(1)
+        # stratified: over the draws, the level goes once around 0..1
+        level = (offset + draw / draws) % 1
+        masked, factor = mask_counts(rows, part, level)
+        batch = tensors(hide(rows, masked, config), device)
+        nll = model(**batch)[:, :T]
+        nll = nll.double().cpu().numpy()
+        found[:, draw] = -(nll * factor).sum(1)
     return found
 
 
@@ -80,11 +87,12 @@ def mask_counts(rows, part, level):
     for row, answer in enumerate(rows.maskable):
         for number in np.unique(part[answer]):
             at = np.flatnonzero(answer & (part == number))
-            k = 1 + int(len(at) * level[row, number])
-            in_random_order = at[np.argsort(rows.u[row, 1 + at], kind="stable")]
-            chosen = in_random_order[:k]
+            L = len(at)
+            k = 1 + int(L * level[row, number])
+            order = np.argsort(rows.u[row, 1 + at], kind="stable")  # random
+            chosen = at[order[:k]]
             masked[row, chosen] = True
-            factor[row, chosen] = len(at) / k
+            factor[row, chosen] = L / k
     return masked, factor
 
 
@@ -95,11 +103,20 @@ def rows_of(data, indices, found):
     """
     rows = []
     for i, draws in zip(indices, found, strict=True):
-        error = draws.std(ddof=1) / math.sqrt(len(draws)) if len(draws) > 1 else 0.0
-        tokens = int(data.spans[i, 2] - data.spans[i, 1])
+        error = 0.0
+        if len(draws) > 1:
+            error = draws.std(ddof=1) / math.sqrt(len(draws))
+        _, prompt_end, end = data.spans[i]
+        tokens = int(end - prompt_end)
         mean = float(draws.mean())
-        row = {"id": data.examples[i]["id"], "logprob": mean, "interval": float(1.96 * error)}
-        rows.append(row | {"tokens": tokens, "nats_per_token": -mean / tokens})
+        row = {
+            "id": data.examples[i]["id"],
+            "logprob": mean,
+            "interval": float(1.96 * error),
+            "tokens": tokens,
+            "nats_per_token": -mean / tokens,
+        }
+        rows.append(row)
     return rows
 
 

@@ -1,9 +1,11 @@
 """From a prompt to an answer, for both kinds of student.
 
-    python sample.py --model=M --prompt="Why is the sky blue?"      # M: a Hugging Face folder or hub id, any family
+    python sample.py --model=M --prompt="Why is the sky blue?"      # M: a Hugging Face folder or hub id
     python sample.py --model=M --chat=true                          # several turns, until Ctrl-D
+    python sample.py --model=M --prompt="The capital of ░░░ is Paris."   # masked diffusion: fill gaps
 
-On a terminal the answer appears while it is being written; into a file or a pipe goes the answer alone.
+On a terminal the answer appears while it is being written; into a file or a pipe goes the answer
+alone.
 
 An autoregressive student writes one token after the other. A masked-diffusion student fills a
 canvas of masks, block by block from left to right, the positions of a block in any order. `sample`
@@ -41,16 +43,16 @@ class Sampling:
     block_length: int = 0  # tokens written together; 0: LLaDA2's own, LLaDA min(32, max_new_tokens)
     denoising_steps: int = 0  # forward passes for max_new_tokens; 0: as many as tokens
     threshold: float = 0.0  # write all whose probability exceeds this; 0: LLaDA2 0.95, LLaDA none
-    remasking: str = "low_confidence"  # what is written first: low_confidence: the surest tokens; random; left_to_right
+    remasking: str = "low_confidence"  # order of writing: low_confidence (surest first), random, left_to_right
     cfg_scale: float = 0.0  # classifier-free guidance, LLaDA only
-    eos_rule: str = "free"  # free, last (ends after all others of their block), never (no end-of-text; end-of-turn may)
-    edit_threshold: float = -1.0  # LLaDA2.1: replace a token when another's probability exceeds this
+    eos_rule: str = "free"  # ends: free, last (after all others of their block), never (end-of-turn only)
+    edit_threshold: float = -1.0  # LLaDA2.1: a token gives way to one whose probability exceeds this
 
 
 @dataclass
 class Config(Sampling):
     model: str = ""  # the student: a Hugging Face folder or hub id
-    prompt: str = ""  # what it is asked; with mask words in it: a text whose gaps a masked-diffusion student fills
+    prompt: str = ""  # what it is asked; with mask words in it: a text whose gaps are filled
     mask_word: str = "░"  # each stands for one token to be filled in
     chat: bool = False  # ask again and again; every turn sees those before it
     temperature: float = 0.0  # 0: greedy, always the likeliest token
@@ -59,12 +61,20 @@ class Config(Sampling):
     dtype: str = ""  # float32 or bfloat16; default: bfloat16 on a GPU, float32 elsewhere
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts in, answers out
 
 
 def sample(
-    model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None, batch_size=64, progress=None
+    model,
+    prompts,
+    sampling,
+    *,
+    example_ids=None,
+    eos_ids=None,
+    vocab_size=None,
+    batch_size=64,
+    progress=None,
 ):
     """Answer each prompt (a list of ids) -> a list of ids for each, up to and without an end-of-text id.
 
@@ -110,12 +120,12 @@ def until_end(ids, eos_ids):
     return ids[: next((i for i, token in enumerate(ids) if token in eos_ids), len(ids))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From logits to a token
 
 
 def check_sampling(config, prompts, sampling):
-    """Raise InputError for a value out of range, or a prompt without ids or with one outside the vocabulary."""
+    """Raise InputError for a value out of range, or a prompt that is empty or has a strange id."""
     require(
         sampling,
         temperature=(0, None),
@@ -155,8 +165,9 @@ def check_used(configs, sampling):
 
 
 def next_token(logits, u, temperature, top_p, top_k):
-    """logits (B, V), uniforms u (B,) -> ids (B,): inverse CDF over ids in their order; temperature 0: the likeliest.
+    """logits (B, V), uniforms u (B,) -> ids (B,): inverse CDF over ids in their order.
 
+    Temperature 0: the likeliest.
     As in transformers: temperature, then top_k, then top_p of what is left (with the id that
     crosses it). In float32, with float64 logits in float64. Raises InputError for logits that are
     not finite.
@@ -185,15 +196,18 @@ def least_likely(p, top_p, top_k):
         likeliest = p.sort(descending=True).values
     mass = likeliest.cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:] if top_k else 1.0
-    return likeliest.masked_fill(mass - likeliest >= top_p * total, torch.inf).amin(-1, keepdim=True)
+    beyond = mass - likeliest >= top_p * total
+    return likeliest.masked_fill(beyond, torch.inf).amin(-1, keepdim=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Autoregressive students: one token after the other
 
 
 @torch.no_grad()
-def write_left_to_right(model, prompts, sampling, *, example_ids, eos_ids, vocab_size=None, heard=None):
+def write_left_to_right(
+    model, prompts, sampling, *, example_ids, eos_ids, vocab_size=None, heard=None
+):
     """One batch of answers, lists of ids. Arguments as in `sample`.
 
     heard: called with every new token's row and id, while the answer is being written.
@@ -266,7 +280,7 @@ def read_prompts(model, prompts, cache):
     return torch.cat(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Masked-diffusion students: a canvas of masks, filled block by block from left to right
 
 
@@ -276,7 +290,7 @@ class Decoding(Sampling):
 
     eos_ids: list = field(default_factory=list)  # ids that end an answer
     vocab_size: int = 0  # ids from here on never come out; neither does the mask
-    schedule: list = field(default_factory=list)  # how many tokens each forward pass of a block writes at least
+    schedule: list = field(default_factory=list)  # tokens that each pass of a block writes at least
 
 
 MAX_POST_STEPS = 16  # passes in which a block without masks may still be edited (LLaDA2.1)
@@ -335,13 +349,13 @@ def check_together(config, rule):
         warn(f"--block_length={rule.block_length}, but this model was trained for {config.block_length}")
     if is_block_model and rule.cfg_scale:
         raise InputError(f"--cfg_scale={rule.cfg_scale}: only for LLaDA, not for block models")
-    if rule.remasking != "low_confidence":
-        for key, off in (("threshold", 0), ("eos_rule", "free" if rule.eos_rule == "last" else rule.eos_rule)):
-            if getattr(rule, key) != off:
-                raise InputError(
-                    f"--{key}={getattr(rule, key)} and --remasking={rule.remasking} exclude each other: "
-                    "in that order confidence plays no part"
-                )
+    about_confidence = {"threshold": rule.threshold > 0, "eos_rule": rule.eos_rule == "last"}
+    for key, is_set in about_confidence.items():
+        if is_set and rule.remasking != "low_confidence":
+            raise InputError(
+                f"--{key}={getattr(rule, key)} and --remasking={rule.remasking} exclude each other: "
+                "in that order confidence plays no part"
+            )
     if not is_block_model and rule.max_new_tokens % rule.block_length:
         raise InputError(
             f"--block_length={rule.block_length} does not divide --max_new_tokens={rule.max_new_tokens}"
@@ -656,7 +670,7 @@ def is_in(ids, some):
     return torch.isin(ids, torch.tensor(sorted(some), dtype=ids.dtype, device=ids.device))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
