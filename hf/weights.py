@@ -4,7 +4,7 @@
     save(model, source, out)        writes an ordinary Hugging Face folder
     fingerprint(folder)             the same text for the same weights
 
-Nothing is unpickled, and nothing outside of the folder is opened. Next: plumbing/config.py.
+Nothing is unpickled, and nothing outside of the folder is opened. Next: hf/rrt.py.
 """
 
 import hashlib

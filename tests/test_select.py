@@ -357,6 +357,19 @@ def test_other_tokens_refuse_the_transfer(run):
     assert not Path("runs/sft/selection").exists()
 
 
+def test_problems_that_were_not_asked_have_no_part_in_the_bootstrap(run):
+    """train.py --record_problems: `correct` is nan for the others, accuracy is that of the asked."""
+    before = read_json(select.main(run="sft", show=0) / "stats.json")["bottleneck_bootstrap"]
+    for step, correct in hand_made.CORRECT.items():
+        some = np.array([*correct[:5], np.nan])
+        run.write(step, run.logprob(step), some, accuracy=np.nanmean(some))
+    stats = read_json(select.main(run="sft", show=0) / "stats.json")
+    assert stats["accuracy"]["0"] == 0.8 and stats["bottleneck_step"] == 2
+    asked = {step: np.array(correct[:5], float) for step, correct in hand_made.CORRECT.items()}
+    expected = {str(step): share for step, share in select.bootstrap_bottleneck(asked).items()}
+    assert stats["bottleneck_bootstrap"] == expected != before
+
+
 def test_rrt_is_the_sum_of_three_models(run):
     folders = {}
     base = str(run.tokenizer_folder.resolve())
