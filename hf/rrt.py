@@ -1,8 +1,8 @@
 """RRT, Recovering Residual Transfer: a checkpoint made of three others, without training.
 
 theta_0 + (theta_f - theta_b): the student before training, plus only the updates that came after
-the bottleneck. `python select.py --run=sft --rule=rrt` calls this. Next:
-plumbing/config.py.
+the bottleneck. `python select.py --run=sft --rule=rrt` calls this.
+Next: plumbing/config.py.
 """
 
 import shutil
