@@ -11,7 +11,7 @@ prompts; the second also needs answers to grade with (rejection sampling).
 They answer the prompts of a data folder. The lines they write hold the prompt as the student read
 it, chat template included, hence --template=none. Any student will do, autoregressive or diffusion.
 An answer that was cut off at --max_new_tokens is never kept: data.py would end it as if it had been
-complete. Next: data.py.
+complete. Next: demo.py.
 """
 
 import json

@@ -25,7 +25,7 @@ The two worlds differ in the student's weakness:
 
 A student has an ability of its own; the teacher has something to teach, and a mannerism that is no
 part of it. The checkpoint and its tokenizer.json are ordinary Hugging Face files: data.py,
-train.py, select.py and eval.py treat them as they would treat Qwen3-8B. Next: demo.py.
+train.py, select.py and eval.py treat them as they would treat Qwen3-8B. Next: own.py.
 """
 
 import json
