@@ -44,7 +44,7 @@ else:
     from plumbing.config import InputError, command, require, whole_folder, write_json
     from plumbing.export import FORMATS, check_export, describe_labels, write_labels
     from plumbing.runs import TEMPLATE, load_trajectory, run_folder, run_keys
-    from plumbing.selection import bootstrap_bottleneck, paint, smoothed
+    from plumbing.selection import bootstrap_bottleneck, smoothed
 
 import inspect
 from dataclasses import asdict, dataclass
@@ -329,12 +329,7 @@ def main(**given):
     selection.report(cfg, stats, out)
     if cfg.export:
         describe_labels(out / f"labels.{cfg.export_format}", train_set, mask)
-    if cfg.show:
-        print(selection.explain_colours(cfg.kind))
-    for i in range(min(cfg.show, len(train_set))):
-        a, b = spans[i]
-        text = paint(tokenizer, train_set.response(i), picked[a:b] > 0, delta[a:b], cfg.kind)
-        print(f"example {train_set.examples[i]['id']}:\n{text}\n")
+    selection.show_examples(cfg, train_set, tokenizer, spans, picked, delta)
     return out
 
 

@@ -219,6 +219,16 @@ ROSE = (195, 153, 117, 75, 39)
 FELL = (230, 223, 222, 215, 208)
 
 
+def show_examples(cfg, train_set, tokenizer, spans, picked, delta):
+    """Print the first cfg.show responses. spans: (examples, 2), as for a rule of select.py."""
+    if cfg.show:
+        print(explain_colours(cfg.kind))
+    for i in range(min(cfg.show, len(train_set))):
+        a, b = spans[i]
+        text = paint(tokenizer, train_set.response(i), picked[a:b] > 0, delta[a:b], cfg.kind)
+        print(f"example {train_set.examples[i]['id']}:\n{text}\n")
+
+
 def paint(tokenizer, ids, picked, delta, kind="keep"):
     """An example's text for the screen: shades by delta, and what the selection does to each token.
 

@@ -399,15 +399,15 @@ def test_shades_by_delta_on_a_terminal_only(run, monkeypatch):
     tokenizer = tokenizer_file.load_tokenizer(run.tokenizer_folder)
     ids, picked = tokenizer.encode("1+2=3"), np.array([True, True, False, False, True])
     delta = np.array([0.0, 0.0, 3.0, 3.0, -0.1])
-    assert select.paint(tokenizer, ids, picked, delta) == "1+⟦2=⟧3"
+    assert selection.paint(tokenizer, ids, picked, delta) == "1+⟦2=⟧3"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     rose, fell = "9;38;5;16;48;5;39", "38;5;16;48;5;223"
-    assert select.paint(tokenizer, ids, picked, delta) == f"1+\x1b[{rose}m2=\x1b[0m\x1b[{fell}m3\x1b[0m"
-    forced = select.paint(tokenizer, ids, ~picked, delta, "force")
+    assert selection.paint(tokenizer, ids, picked, delta) == f"1+\x1b[{rose}m2=\x1b[0m\x1b[{fell}m3\x1b[0m"
+    forced = selection.paint(tokenizer, ids, ~picked, delta, "force")
     assert forced == f"1+\x1b[38;5;16;1;4;48;5;39m2=\x1b[0m\x1b[{fell}m3\x1b[0m"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert select.paint(tokenizer, ids, picked, delta) == "1+⟦2=⟧3"
+    assert selection.paint(tokenizer, ids, picked, delta) == "1+⟦2=⟧3"
 
 
 def test_a_character_cut_over_tokens_stays_whole_whatever_its_parts_look_like(run):
@@ -417,7 +417,7 @@ def test_a_character_cut_over_tokens_stays_whole_whatever_its_parts_look_like(ru
     texts = selection.token_texts(tokenizer, ids)
     assert texts == ["1", "", "é", "2"] and selection.token_texts(tokenizer, ids[:2]) == ["1", "\ufffd"]
     picked = np.array([True, True, False, True])
-    assert select.paint(tokenizer, ids, picked, np.zeros(4)) == "1⟦é⟧2"
+    assert selection.paint(tokenizer, ids, picked, np.zeros(4)) == "1⟦é⟧2"
 
 
 # -------------------------------------------------------------------------------------------------
