@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from formats import parse_columns, read_examples
-from hf.families import local_folder
+from hf.families import at_revision, local_folder
 from hf.template import cut, fixed_date, parse_kwargs, uncut
 from hf.tokenizer import load_tokenizer
 from plumbing.config import InputError, command, read_json, require, whole_folder, write_json
@@ -40,6 +40,7 @@ FILES = ("tokens.bin", "spans.npy", "examples.jsonl")
 class Config:
     source: str = ""  # a file of examples: jsonl (also .gz), a JSON array, or parquet
     tokenizer: str = ""  # the student's Hugging Face folder or hub id
+    revision: str = ""  # of a hub id: the branch, tag or commit
     out: str = ""  # the folder to write
     max_tokens: int = 0  # leave out (and count) examples with more tokens than this; 0: no limit
     verifier: str = "auto"  # how eval.py reads answers: boxed, gsm8k, integer, toy, or auto
@@ -63,6 +64,7 @@ def main(**given):
     """
     cfg = Config(**given)
     check(cfg)
+    cfg.tokenizer = at_revision(cfg.tokenizer, cfg.revision)
     tokenizer = load_tokenizer(local_folder(cfg.tokenizer))
     if tokenizer.end_of_turn_id is None:
         raise InputError(
@@ -134,6 +136,7 @@ def write_arrays(cfg, render, out):
         "max_tokens": cfg.max_tokens,
         "verifier": cfg.verifier,
         "source": str(cfg.source),
+        "tokenizer": str(cfg.tokenizer),
         "tokenizer_hash": render.tokenizer.hash,
         **render.meta,
         "counts": dict(tally.counts),

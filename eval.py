@@ -23,7 +23,7 @@ import numpy as np
 
 import likelihood
 from data import load as load_data
-from hf.families import local_folder, read_config
+from hf.families import at_revision, local_folder, read_config
 from hf.tokenizer import load_tokenizer
 from model import load
 from plumbing.config import InputError, command, require, whole_file, write_json
@@ -37,6 +37,7 @@ from verify import THOUGHTS, VERIFIERS, judge, opens_thoughts, unmatchable
 class Config(Sampling):
     run: str = ""  # runs to evaluate, separated by commas; base: the model that the others started from
     model: str = ""  # other models to evaluate: Hugging Face folders or hub ids, separated by commas
+    revision: str = ""  # of a hub id in --model: the branch, tag or commit
     data: str = ""  # the problems: a folder made by data.py; default: the first run's eval_data, else its data
     step: int = -1  # checkpoint of each run; -1: the last one
     limit: int = 0  # take only the first so many problems; 0: all
@@ -349,7 +350,7 @@ def resolve(given):
             home = name
             folder, step = find_checkpoint(name, trained[name], cfg.step)
         jobs.append((name, folder, Path("runs") / home / "eval" / f"{stem}-{step:06d}.jsonl"))
-    for folder in models:
+    for folder in (at_revision(name, cfg.revision) for name in models):
         path = Path(folder).resolve()
         home = Path("runs").resolve()
         # models that lie in a run (as RRT's do) keep their answers there

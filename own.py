@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import data
 import eval as evaluation
-from hf.families import local_folder
+from hf.families import at_revision, local_folder
 from hf.tokenizer import load_tokenizer
 from model import load
 from plumbing.config import InputError, command, require, whole_file
@@ -30,6 +30,7 @@ from sample import Sampling
 @dataclass
 class Config(Sampling):
     model: str = ""  # the student: a Hugging Face folder or hub id
+    revision: str = ""  # of a hub id: the branch, tag or commit
     data: str = ""  # the problems: a folder made by data.py
     out: str = ""  # the jsonl file to write
     samples: int = 1  # answers per problem, of which one is kept
@@ -52,7 +53,7 @@ def main(**given):
     require(cfg, samples=(1, None), batch_size=(1, None))
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
-    folder = local_folder(cfg.model)
+    folder = local_folder(at_revision(cfg.model, cfg.revision))
     tokenizer = load_tokenizer(folder)
     problems = data.load(cfg.data)
     if tokenizer.hash != problems.meta["tokenizer_hash"]:

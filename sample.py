@@ -24,7 +24,7 @@ import torch
 
 from data import uniforms
 from diffusion import check_model
-from hf.families import local_folder, read_config
+from hf.families import at_revision, local_folder, read_config
 from hf.tokenizer import load_tokenizer
 from model import Cache, attention_mask, load
 from plumbing.config import InputError, above, command, require
@@ -52,6 +52,7 @@ class Sampling:
 @dataclass
 class Config(Sampling):
     model: str = ""  # the student: a Hugging Face folder or hub id
+    revision: str = ""  # of a hub id: the branch, tag or commit
     prompt: str = ""  # what it is asked; with mask words in it: a text whose gaps are filled
     mask_word: str = "░"  # each stands for one token to be filled in
     chat: bool = False  # ask again and again; every turn sees those before it
@@ -686,7 +687,7 @@ def main(**given):
         raise InputError("--prompt is missing (--help lists the keys); --chat=true asks for one turn after the other")
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
-    folder = local_folder(cfg.model)
+    folder = local_folder(at_revision(cfg.model, cfg.revision))
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     if cfg.chat and not tokenizer.template:

@@ -34,7 +34,7 @@ import model
 from batches import micro_batches
 from diffusion import Corruption
 from hf import families
-from hf.families import local_folder
+from hf.families import at_revision, local_folder
 from hf.tokenizer import Tokenizer, load_tokenizer
 from plumbing import memory, parallel, resume, screen
 from plumbing.config import (
@@ -47,7 +47,15 @@ from plumbing.config import (
     require_given,
 )
 from plumbing.parallel import Interrupt, all_reduce, gather, grad_norm, parallelize, stop
-from plumbing.runs import checkpoint, load_selections, of_pass_1, read_keys, run_folder
+from plumbing.runs import (
+    check_fits,
+    check_tokenizer,
+    checkpoint,
+    load_selections,
+    of_pass_1,
+    read_keys,
+    run_folder,
+)
 from sample import Sampling, check_sampling, check_used, resolve_decoding
 from trajectory import record
 
@@ -57,6 +65,7 @@ class Config(Sampling, Corruption):
     # what
     run: str = ""  # name of the run: its folder is runs/<run>
     model: str = ""  # the student, theta_0: a Hugging Face folder or hub id
+    revision: str = ""  # of a hub id: the branch, tag or commit; or --model=org/name@revision
     data: str = ""  # training examples: a folder made by data.py
     selection: str = ""  # pass 2: a folder made by select.py (diffusion students: also two, keep,force)
     eval_data: str = ""  # a second folder made by data.py, on whose problems accuracy is recorded as well
@@ -88,6 +97,7 @@ class Config(Sampling, Corruption):
     samples: int = 1  # answers sampled per problem for an accuracy
     sample_batch_size: int = 64  # answers written at the same time; changes memory and speed only
     save_every: int = 0  # keep a checkpoint every so many steps; the bottleneck and the last are kept anyway
+    export_dtype: str = "float32"  # of checkpoints, or bfloat16: half the size, but lr 1e-5 is mostly rounded away
     # what if it stops
     resume: bool = False  # continue from the newest complete resume state; unset keys are the run's own
     allow_changes: bool = False  # resume although data, selection or keys have changed
@@ -234,7 +244,8 @@ def save_checkpoint(run, step):
     """Write checkpoints/<step>, unless it is there."""
     path = checkpoint(run.folder, step)
     if not parallel.exists(path):
-        model.save(run.student, run.source, path)
+        kind = getattr(torch, run.cfg.export_dtype)
+        model.save(run.student, run.tokenizer, path, dtype=kind)
 
 
 def begin(run):
@@ -369,6 +380,9 @@ def resolve(given):
     unknown = sorted(set(given) - {key.name for key in fields(Config)})
     if unknown:
         raise InputError(f"unknown key {unknown[0]}")
+    if given.get("revision"):  # from here on it is a part of the name
+        pinned = at_revision(given.get("model", ""), given["revision"])
+        given = given | {"model": pinned, "revision": ""}
     inherited = {}
     folder = run_folder(given["run"]) if given.get("run") else None
     if folder and given.get("resume") and (folder / "config.json").is_file():
@@ -382,6 +396,7 @@ def resolve(given):
         cfg,
         schedule=("cosine", "constant"),
         dtype=("float32", "bfloat16"),
+        export_dtype=("float32", "bfloat16"),
         beta1=(0, below(1)),
         beta2=(0, below(1)),
         gpu_memory_gib=(above(0), None),
@@ -407,8 +422,8 @@ def read_inputs(cfg):
             "--packing=true is for autoregressive students: "
             "a diffusion objective lays out its own rows"
         )
-    train_set = load_data(cfg.data, tokenizer)
-    eval_set = load_data(cfg.eval_data, tokenizer)
+    train_set = load_data(cfg.data, tokenizer, shape)
+    eval_set = load_data(cfg.eval_data, tokenizer, shape)
     masks = load_selections(cfg.selection, train_set, shape.is_diffusion)
     if shape.is_diffusion:
         diffusion.check_data(shape, train_set)
@@ -445,16 +460,13 @@ def check_recording(cfg, shape, train_set, eval_set):
         check_sampling(shape, prompts, cfg)
 
 
-def load_data(folder, tokenizer):
-    """A data folder, checked to be this tokenizer's; None for an empty name."""
+def load_data(folder, tokenizer, shape):
+    """A data folder, checked to fit the student and its tokenizer; None for an empty name."""
     if not folder:
         return None
     loaded = data.load(folder)
-    if loaded.meta["tokenizer_hash"] != tokenizer.hash:
-        raise InputError(
-            f"{folder}: made with another tokenizer than the student's; "
-            "run data.py again with its folder"
-        )
+    check_tokenizer(loaded, tokenizer)
+    check_fits(shape, loaded)
     if loaded.meta.get("template_hash") not in (None, tokenizer.template_hash):
         screen.say(
             f"warning: {folder} was rendered by another chat template than the student's, "

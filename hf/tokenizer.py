@@ -354,6 +354,20 @@ class Tokenizer:
             raise InputError(f"{self.folder}: the chat template failed: {error}") from None
         return self.encode(text) if tokenize else text
 
+    def spelling(self, i):
+        """What id i is, as a text that errors can show; two tokenizers agree on it if these are equal."""
+        if i not in self.bytes_of:
+            return "no token"
+        text = self.bytes_of[i].decode(errors="backslashreplace")
+        if i in self.added.values():
+            return f"the added token {text!r}"
+        return repr(text)
+
+    def merges_like(self, other):
+        """Do the two split a text and merge its bytes in the same way? Their vocabularies may differ."""
+        mine, theirs = ((t.nfc, t.splits, t.core._mergeable_ranks) for t in (self, other))
+        return mine == theirs
+
     def encode_prompt(self, messages):
         """What the student reads before it answers: the template's text up to the answer, or the
         bare prompt.

@@ -35,6 +35,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from hf.weights import fingerprint
 from plumbing.config import InputError, read_json, whole_file, write_json
 from plumbing.parallel import gather, on_process_0, rank, stop, world_size
 from plumbing.runs import checkpoint, mask_hash
@@ -527,7 +528,16 @@ def describe(run):
         "eval_sha256": run.eval_set and run.eval_set.sha256,
         "selection_sha256": " ".join(mask_hash(mask) for mask in masks) or None,
         "model_sha256": hashlib.sha256(shape.encode()).hexdigest(),
+        "weights_sha256": on_process_0(lambda: weights_hash(run.source)),
     }
+
+
+def weights_hash(source):
+    """The fingerprint of theta_0; None if its weights are gone: a resumed run does without them."""
+    try:
+        return fingerprint(source)
+    except InputError:
+        return None
 
 
 def git_state():
@@ -546,6 +556,7 @@ HASHED = {
     "tokenizer_hash": "the tokenizer",
     "selection_sha256": "the selection's mask",
     "model_sha256": "the student's config.json",
+    "weights_sha256": "the student's weights",
 }
 
 
@@ -560,6 +571,8 @@ def differences(before, now):
         if key not in FREE and then != value and not (key not in before["config"] and not value):
             found.append((key, then, value))
     for key, label in HASHED.items():
+        if key == "weights_sha256" and None in (before.get(key), now.get(key)):
+            continue  # a run of an older version, or one whose theta_0 is gone
         if before.get(key) != now.get(key):
             found.append((label, before.get(key), now.get(key)))
     if before["versions"]["torch"] != now["versions"]["torch"]:

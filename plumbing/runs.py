@@ -109,6 +109,9 @@ def of_pass_1(given, config_class):
         )
 
     inherited = {key: value for key, value in pass1.items() if key not in NEVER_INHERITED}
+    same_kind = diffusion_before == diffusion_now and not made.get("student")
+    if same_kind and not given.get("allow_changes"):
+        check_weights(folder.parent.parent, model)
     if diffusion_before != diffusion_now:
         inherited = {key: pass1[key] for key in OF_THE_EXPERIMENT}
         names = {True: "a diffusion", False: "an autoregressive"}
@@ -127,6 +130,73 @@ def of_pass_1(given, config_class):
         if key in inherited and inherited[key] != value:
             print(f"differs from pass 1: {key} = {value} (pass 1: {inherited[key]})")
     return inherited
+
+
+def check_weights(run, model):
+    """Raises InputError if `model` has other weights than run began with: its deltas are of those.
+
+    Runs of older versions recorded none; then nothing is compared.
+    """
+    from hf.weights import fingerprint  # needs torch, which selecting and reporting do not
+
+    before = read_json(run / "config.json").get("weights_sha256")
+    now = fingerprint(local_folder(model))
+    if before not in (None, now):
+        raise InputError(
+            f"--model={model}: not the weights that {run} began with and its selection was made on "
+            f"(sha256 {before[:12]} there, {now[:12]} here); --allow_changes=true trains all the same"
+        )
+
+
+# -------------------------------------------------------------------------------------------------
+# A student and its data
+
+
+def check_tokenizer(data, tokenizer):
+    """Raises InputError unless all tokens that occur in `data` are the same to `tokenizer`.
+
+    Another tokenizer will do if it differs in tokens that do not occur (a sibling's renamed special
+    token): it merges bytes in the same way, and each id that occurs is looked up in both. The one
+    that the data was made with is found by meta.json.
+    """
+    if data.meta["tokenizer_hash"] == tokenizer.hash:
+        return
+    from hf.tokenizer import load_tokenizer
+
+    again = f"run data.py again with --tokenizer={tokenizer.folder}"
+    try:
+        own = load_tokenizer(local_folder(data.meta["tokenizer"]))
+        unchanged = own.hash == data.meta["tokenizer_hash"] and own.merges_like(tokenizer)
+    except (InputError, KeyError):
+        unchanged = False
+    if not unchanged:
+        raise InputError(f"{data.folder}: made with another tokenizer than the student's; {again}")
+    for i in np.unique(data.tokens).tolist():
+        one, other = own.spelling(i), tokenizer.spelling(i)
+        if one != other:
+            raise InputError(
+                f"{data.folder}: made with another tokenizer than the student's: token {i} is {one} "
+                f"there and {other} here; {again}"
+            )
+
+
+def check_fits(shape, data):
+    """Raises InputError for an id without a row in the embedding, and for too long an example."""
+    if data.tokens.max(initial=0) >= shape.vocab_size:
+        at = int(np.argmax(data.tokens >= shape.vocab_size))
+        row = int(np.searchsorted(data.spans[:, 2], at, side="right"))
+        raise InputError(
+            f"{data.folder}: example {data.examples[row]['id']} has the token {data.tokens[at]}, and "
+            f"the student's embedding has {shape.vocab_size} rows (vocab_size of its config.json)"
+        )
+    sizes = data.spans[:, 2] - data.spans[:, 0]
+    context = shape.max_position_embeddings  # 0: unknown
+    if 0 < context < sizes.max(initial=0):
+        raise InputError(
+            f"{data.folder}: example {data.examples[int(sizes.argmax())]['id']} of {sizes.max()} "
+            f"tokens is longer than the model's context of {context}; leave such out with "
+            f"data.py --max_tokens={context}"
+        )
 
 
 # -------------------------------------------------------------------------------------------------
