@@ -464,7 +464,7 @@ def mini(tmp_path_factory):
     return model.load(folder)
 
 
-MINI_PROMPTS = [[5, 60, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, 6, 4, 12], [40]]
+MINI_PROMPTS = [[5, 59, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, 6, 4, 12], [40]]
 
 
 @pytest.mark.parametrize("keys", [
