@@ -40,7 +40,9 @@ def yarn(freq, scaling, trained, theta):
         return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     def mscale(weight=1.0):  # sharper attention for the longer context: the paper's sqrt(1/t)
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+        if factor <= 1:
+            return 1.0
+        return 0.1 * weight * math.log(factor) + 1.0
 
     low = pair_with_turns(scaling.get("beta_fast") or 32)
     high = pair_with_turns(scaling.get("beta_slow") or 1)
@@ -48,8 +50,11 @@ def yarn(freq, scaling, trained, theta):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     pairs = torch.arange(0, dim, 2, dtype=torch.float32, device=freq.device)
-    slow = ((pairs / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)
+    span = (high - low) or 0.001
+    slow = ((pairs / 2 - low) / span).clamp(0, 1)
     scale = scaling.get("attention_factor")
     if scale is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
         scale = mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
-    return freq * (1 - slow + slow / factor), mscale() if scale is None else scale
+    if scale is None:
+        scale = mscale()
+    return freq * (1 - slow + slow / factor), scale
