@@ -121,6 +121,8 @@ def write_arrays(cfg, render, out):
                 continue
             np.array(prompt_ids + response_ids, dtype="<u4").tofile(tokens)
             line = {"id": example.id, "answer": example.answer}
+            if opens_thoughts(prompt):  # so an answer that is cut off is all thoughts
+                line["thinking"] = True
             examples.write(json.dumps(line, ensure_ascii=False) + "\n")
             spans.append((end, end + len(prompt_ids), end + len(prompt_ids) + len(response_ids)))
             end = spans[-1][2]

@@ -76,6 +76,7 @@ def sample(
     vocab_size=None,
     batch_size=64,
     progress=None,
+    finished=None,
 ):
     """Answer each prompt (a list of ids) -> a list of ids for each, up to and without an end-of-text id.
 
@@ -87,6 +88,7 @@ def sample(
     eos_ids      ids that end an answer; default: the model's own
     vocab_size   ids from here on (rows that pad the embedding) never come out
     progress     called with the number of finished answers
+    finished     called with each answer as soon as it is: the number of its prompt, its ids
 
     Raises InputError for a value out of range, or a prompt the model cannot read.
     """
@@ -95,24 +97,32 @@ def sample(
         raise InputError(f"--batch_size={batch_size}: must be at least 1")
     example_ids = range(len(prompts)) if example_ids is None else example_ids
     eos_ids = set(model.config.eos_token_ids if eos_ids is None else eos_ids)
-    write = write_in_blocks if model.config.is_diffusion else write_left_to_right
     answers = [None] * len(prompts)
     # longest first: if memory is too short, it shows at once
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        texts = write(
-            model,
-            [prompts[i] for i in batch],
-            sampling,
-            example_ids=[example_ids[i] for i in batch],
-            eos_ids=eos_ids,
-            vocab_size=vocab_size,
-        )
-        for i, text in zip(batch, texts, strict=True):
-            answers[i] = text
+    done = 0
+
+    def keep(number, ids):
+        nonlocal done
+        done += 1
+        answers[order[number]] = ids
+        if finished:
+            finished(order[number], ids)
         if progress:
-            progress(start + len(batch))
+            progress(done)
+
+    known = {"eos_ids": eos_ids, "vocab_size": vocab_size}
+    names = [example_ids[i] for i in order]
+    prompts = [prompts[i] for i in order]
+    if not model.config.is_diffusion:
+        known |= {"rows": batch_size, "finished": keep}
+        write_left_to_right(model, prompts, sampling, example_ids=names, **known)
+        return answers
+    for start in range(0, len(order), batch_size):
+        batch = slice(start, start + batch_size)
+        texts = write_in_blocks(model, prompts[batch], sampling, example_ids=names[batch], **known)
+        for number, text in enumerate(texts, start):
+            keep(number, text)
     return answers
 
 
@@ -207,61 +217,80 @@ def least_likely(p, top_p, top_k):
 
 @torch.no_grad()
 def write_left_to_right(
-    model, prompts, sampling, *, example_ids, eos_ids, vocab_size=None, heard=None
+    model, prompts, sampling, *, example_ids, eos_ids, vocab_size=None, heard=None, rows=None, finished=None
 ):
-    """One batch of answers, lists of ids. Arguments as in `sample`.
+    """Answers, lists of ids, `rows` of them at a time. Other arguments as in `sample`.
 
-    heard: called with every new token's row and id, while the answer is being written.
+    Continuous batching (Orca, OSDI 2022): a finished answer makes room for the next prompt, so no
+    row waits for the longest answer of its batch. The rows being written are the first of the
+    cache; the last of them moves to where one has finished, and only that row is copied.
+
+    heard: called with every new token's prompt and id, while the answer is being written.
     """
     if not prompts:
         return []
     device = next(model.parameters()).device
-    n = sampling.max_new_tokens
-    u = np.stack([uniforms(sampling.seed, name, n) for name in example_ids])
-    u = torch.from_numpy(u).to(device)  # (B, n)
-    lengths = [len(prompt) for prompt in prompts]
-    cache = Cache(model.config, len(prompts), max(lengths) + n)
-    logits = read_prompts(model, prompts, cache)  # (B, 1, V)
-    positions = torch.tensor(lengths, device=device)[:, None]  # (B, 1), of the next token
-
     answers = [[] for _ in prompts]
-    finished = set()
-    rows = list(range(len(prompts)))  # whose answer each row of the batch is
-    for step in range(n):
+    waiting = list(range(len(prompts)))
+    rows = min(rows or len(prompts), len(prompts))
+    if not rows:
+        return answers
+    slots = []  # whose answer each row of the cache is
+    n = sampling.max_new_tokens
+    cache = Cache(model.config, rows, max(map(len, prompts)) + n)
+    u = torch.zeros(rows, n, dtype=torch.float64, device=device)
+    logits = None  # (B, 1, V) behind the last token of each row
+    while waiting or slots:
+        room = rows - len(slots)
+        # prompts are read several at once, which costs less than one by one
+        if waiting and (not slots or room >= max(1, rows // 8)):
+            new, waiting = waiting[:room], waiting[room:]
+            read = read_prompts(model, [prompts[i] for i in new], cache, first=len(slots))
+            logits = torch.cat([logits, read]) if slots else read
+            for i in new:
+                u[len(slots)] = torch.from_numpy(uniforms(sampling.seed, example_ids[i], n))
+                slots.append(i)
+        count = torch.tensor([len(answers[i]) for i in slots], device=device)  # tokens so far
         token = next_token(
             logits[:, 0, :vocab_size],
-            u[:, step],
+            u[torch.arange(len(slots), device=device), count],
             sampling.temperature,
             sampling.top_p,
             sampling.top_k,
         )
-        for i, one in zip(rows, token.tolist(), strict=True):
-            if one in eos_ids:
-                finished.add(i)
-            elif i not in finished:
+        done = []
+        for row, one in enumerate(token.tolist()):
+            i = slots[row]
+            if one not in eos_ids:
                 answers[i].append(one)
                 if heard:
                     heard(i, one)
-        left = [row for row, i in enumerate(rows) if i not in finished]
-        if not left or step + 1 == n:
-            break
-        if len(left) <= len(rows) / 2:  # not one by one: dropping rows copies the cache
-            index = torch.tensor(left, device=device)
-            rows = [rows[row] for row in left]
-            cache.keep_rows(index)
-            token = token[index]
-            positions = positions[index]
-            u = u[index]
-        logits = model(token[:, None], positions=positions + step, cache=cache)
+            if one in eos_ids or len(answers[i]) == n:
+                done.append(row)
+        for row in reversed(done):  # from the last on, so that the row that moves is not finished
+            i = slots[row]
+            last = len(slots) - 1
+            slots[row] = slots[last]
+            slots.pop()
+            for part in (u, token, *cache.k, *cache.v):
+                part[row] = part[last]
+            if finished:
+                finished(i, answers[i])
+        if slots:
+            cache.rows = slice(0, len(slots))
+            # the token to be read lies behind the prompt and all tokens before it
+            at = torch.tensor([len(prompts[i]) + len(answers[i]) - 1 for i in slots], device=device)
+            logits = model(token[: len(slots), None], positions=at[:, None], cache=cache)
     return answers
 
 
-def read_prompts(model, prompts, cache):
-    """Fill the cache with the prompts -> logits behind each prompt's last token, (B, 1, V).
+def read_prompts(model, prompts, cache, first=0):
+    """Fill the cache, from row `first` on, with the prompts -> logits behind each prompt's last
+    token, (B, 1, V).
 
-    Prompts are padded on the right and each row has its own positions. What padding left in the
-    cache lies at later positions than its row has reached, and is overwritten before the row gets
-    there.
+    Prompts are padded on the right and each row has its own positions. What padding, or an earlier
+    answer, left in the cache lies at later positions than its row has reached, and is overwritten
+    before the row gets there.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -274,10 +303,9 @@ def read_prompts(model, prompts, cache):
         start = end
         while end < len(prompts) and lengths[end] >= 0.8 * lengths[start]:
             end += 1
-        cache.rows = slice(start, end)
+        cache.rows = slice(first + start, first + end)
         part = ids[start:end, : lengths[start:end].max()].to(device)
         parts.append(model(part, cache=cache, logits_at=lengths[start:end].to(device) - 1))
-    cache.rows = slice(None)
     return torch.cat(parts)
 
 

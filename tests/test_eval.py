@@ -1,8 +1,8 @@
 """eval.py: graded answers, statistics, the command."""
 
-import itertools
+import csv
 import json
-import math
+import os
 import shutil
 import subprocess
 import sys
@@ -13,62 +13,83 @@ from asking import files, lines
 
 import data
 import eval as evaluation
+import intervals
 from hf import tokenizer as tokenizer_file
-from plumbing.config import read_json
+from plumbing.config import read_json, write_json
 from verify import grade
 
 ROOT = Path(__file__).parent.parent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Statistics
-
-
-def test_mean_interval_is_1_96_standard_errors():
-    values = [0.0, 1.0, 0.5, 1.0, 0.25]
-    mean = sum(values) / 5
-    error = math.sqrt(sum((v - mean) ** 2 for v in values) / 4 / 5)
-    assert evaluation.mean_interval(values) == pytest.approx((mean, 1.96 * error), abs=1e-12)
-    mean, interval = evaluation.mean_interval([0.5])
-    assert mean == 0.5 and math.isnan(interval)
-
-
-def test_pass_at_k_against_all_subsets():
-    for n in range(1, 7):
-        for correct in range(n + 1):
-            answers = [1] * correct + [0] * (n - correct)
-            for k in range(1, n + 1):
-                subsets = list(itertools.combinations(answers, k))
-                expected = sum(any(s) for s in subsets) / len(subsets)
-                assert evaluation.pass_at_k(n, correct, k) == pytest.approx(expected, abs=1e-12)
 
 
 def table(grades):
     """{problem: [is each of its answers right]} -> rows."""
-    return [{"id": problem, "sample": s, "correct": bool(right), "truncated": s == 1, "extracted": "7" if s else None,
-             "thoughts": "missing",
-             "n_tokens": 10 * (s + 1)}
-            for problem, several in grades.items() for s, right in enumerate(several)]  # fmt: skip
+    rows = []
+    for problem, several in grades.items():
+        for number, right in enumerate(several):
+            row = {"id": problem, "sample": number, "correct": bool(right), "thoughts": "missing"}
+            row["truncated"] = number == 1
+            row["extracted"] = "7" if number else None
+            row["n_tokens"] = 10 * (number + 1)
+            rows.append(row)
+    return rows
 
 
-def test_the_problem_is_the_unit():
-    rows = table({"a": [1, 1], "b": [0, 1], "c": [0, 0]})
-    summary = evaluation.summarize(rows, seconds=1.234)
-    mean, interval = evaluation.mean_interval([1.0, 0.5, 0.0])  # not over the six answers
+def test_the_problem_is_the_unit_of_the_summary():
+    summary = evaluation.summarize(table({"a": [1, 1], "b": [0, 1], "c": [0, 0]}), seconds=1.234)
+    mean, interval = intervals.accuracy([[1, 1], [0, 1], [0, 0]])
     assert summary == {
-        "accuracy": mean, "interval": interval, "pass_at_k": pytest.approx(2 / 3), "truncated": 0.5, "unparsed": 0.5,
-        "undecided": 0.0, "thoughts_valid": 0.0, "thoughts_empty": 0.0, "thoughts_unclosed": 0.0,
+        "accuracy": mean,
+        "interval": interval,
+        "pass_at_k": {1: 0.5, 2: pytest.approx(2 / 3)},
+        "cov_at_k": pytest.approx(2 / 3),
+        "maj_at_k": pytest.approx(2 / 3),  # the second answer of each has the only vote
+        "truncated": 0.5,
+        "unparsed": 0.5,
+        "undecided": 0.0,
+        "thoughts_valid": 0.0,
+        "thoughts_empty": 0.0,
+        "thoughts_unclosed": 0.0,
         "thoughts_missing": 1.0,
-        "mean_tokens": 15.0, "seconds": 1.23, "problems": 3, "samples": 2,
-    }  # fmt: skip
+        "mean_tokens": 15.0,
+        "seconds": 1.23,
+        "problems": 3,
+        "samples": 2,
+    }
 
 
-def test_models_are_compared_problem_by_problem(capsys):
+def test_a_problem_under_two_ids_is_one_problem():
+    rows = table({"a": [1, 1], "b": [0, 1], "again": [1, 1]})
+    summary = evaluation.summarize(rows, 0.0, twins={"again": "a"})
+    assert summary["problems"] == 2
+    assert summary["accuracy"] == pytest.approx(0.75)
+
+
+def test_models_are_compared_problem_by_problem():
     first = table({"a": [1, 1], "b": [0, 1], "c": [0, 0]})
     second = table({"a": [1, 1], "b": [1, 1], "c": [0, 1]})
-    evaluation.compare({"base": ({}, first), "t3s": ({}, second)})
-    difference, interval = evaluation.mean_interval([0.0, 0.5, 0.5])
-    assert capsys.readouterr().out == f"t3s - base: {difference:+.3f} ± {interval:.3f} (paired, 3 problems)\n"
+    results = {name: (evaluation.summarize(rows, 0.0), rows) for name, rows in (("base", first), ("t3s", second))}
+    base, t3s = evaluation.table_of(results, {})
+    found = intervals.paired([[1, 1], [0, 1], [0, 0]], [[1, 1], [1, 1], [0, 1]])
+    assert (t3s["difference"], (t3s["difference_low"], t3s["difference_high"]), t3s["p_value"]) == found
+    assert base["difference"] == ""
+
+
+@pytest.mark.parametrize(
+    "failed, says",
+    [
+        (dict(unparsed=0.9), "90% gave no answer that could be read"),
+        (dict(truncated=0.5, thoughts_unclosed=0.5), "50% never ended their thoughts, 50% were cut off"),
+        (dict(), ""),
+    ],
+)
+def test_an_accuracy_of_0_is_explained_where_the_format_is_to_blame(failed, says):
+    keys = ("unparsed", "truncated", "thoughts_unclosed")
+    found = evaluation.explain(0.0, dict.fromkeys(keys, 0.0) | failed)
+    assert says in found and bool(says) == bool(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,7 +98,8 @@ def test_models_are_compared_problem_by_problem(capsys):
 
 def test_every_answer_and_a_summary_are_written(toy_runs, capsys):
     results = evaluation.main(run="sft", temperature=0.7)
-    rows, summary = lines("runs/sft/eval/unseen-000004.jsonl"), read_json("runs/sft/eval/unseen-000004.json")
+    stem = "runs/sft/eval/unseen-000004"
+    rows, summary = lines(f"{stem}.jsonl"), read_json(f"{stem}.json")
     problems = data.load("data/toy-1/unseen")
     assert results["sft"][1] == rows and len(rows) == 12 * 2  # two samples each, as the run recorded
     assert [(row["id"], row["sample"]) for row in rows] == [(e["id"], s) for e in problems.examples for s in (0, 1)]
@@ -88,13 +110,13 @@ def test_every_answer_and_a_summary_are_written(toy_runs, capsys):
         assert row["correct"] == (row["extracted"] == row["answer"])
         assert len(tokenizer.encode(row["response"])) == row["n_tokens"] <= 40
         assert row["truncated"] == (row["n_tokens"] == 40)
-    expected = evaluation.summarize(rows, 0.0)
+    expected = json.loads(json.dumps(evaluation.summarize(rows, 0.0)))
     settings = dict(samples=2, temperature=0.7, max_new_tokens=40, seed=3, top_p=1.0, top_k=0)
     more = dict(model="runs/sft/checkpoints/000004", data="data/toy-1/unseen", sha256=problems.sha256)
     assert {k: v for k, v in summary.items() if k in expected and k != "seconds"} == \
         {k: v for k, v in expected.items() if k != "seconds"}  # fmt: skip
     assert {k: summary[k] for k in (settings | more)} == settings | more
-    assert 0.3 < summary["accuracy"] and f"{summary['accuracy']:.3f} ± " in capsys.readouterr().out
+    assert 0.3 < summary["accuracy"] and f"{summary['accuracy']:.3f}  " in capsys.readouterr().out
 
 
 def test_base_and_runs_are_one_table_sampled_alike(toy_runs, capsys):
@@ -105,7 +127,11 @@ def test_base_and_runs_are_one_table_sampled_alike(toy_runs, capsys):
         "unseen-000000.json", "unseen-000000.jsonl", "unseen-000004.json", "unseen-000004.jsonl"]  # fmt: skip
     assert files("runs/t3s/eval") == ["unseen-000004.json", "unseen-000004.jsonl"]
     out = capsys.readouterr().out
-    assert "sft - base: +0.000 ± 0.000 (paired, 5 problems)" in out and "t3s - base: +0.000" in out
+    assert "sft - base: +0.000 [-0.4" in out and "p = 1 (paired, 5 problems)" in out and "t3s - base: +0.000" in out
+    with open("runs/sft/tables/unseen.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [line["model"] for line in written] == ["base", "sft", "t3s"] and written[1]["p_value"] == "1.0"
+    assert [line["model"] for line in read_json("runs/sft/tables/unseen.json")["rows"]] == ["base", "sft", "t3s"]
     assert "denoising_steps" not in out  # an autoregressive model has none
 
 
@@ -121,7 +147,7 @@ def test_a_step_and_models_by_folder(toy_runs):
     [row] = lines("runs/toy-1/eval/unseen.jsonl")
     assert row["correct"]  # greedy: it knows how
     text = Path("runs/toy-1/eval/unseen.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail)["interval"] is None  # of one problem; NaN is no JSON
+    assert json.loads(text, parse_constant=pytest.fail)["interval"] == pytest.approx([0.2065, 1], abs=1e-3)
 
 
 def test_answers_that_are_cut_off_are_counted(toy_runs):
@@ -140,7 +166,7 @@ def test_from_the_shell(toy_runs):
     assert wrong.stderr == "error: unknown key --temprature; did you mean --temperature? (--help lists the keys)\n"
     done = shell("--run=sft", "--limit=3", "--temperature=0", "--samples=1")
     assert done.returncode == 0 and done.stderr == ""
-    assert "\x1b" not in done.stdout and done.stdout.splitlines()[-1].startswith("sft  1.000 ± 0.000")
+    assert "\x1b" not in done.stdout and done.stdout.splitlines()[-1].startswith("sft       1.000  0.439  1.000")
 
 
 def test_a_write_that_fails_leaves_what_was_there(toy_runs, monkeypatch):
@@ -175,3 +201,84 @@ def test_gsm8k_lines_end_to_end(toy_runs, capsys):
                                         verifier="gsm8k").values()  # fmt: skip
     assert "format, not only ability" in capsys.readouterr().out
     assert summary["accuracy"] == 0.0 and summary["unparsed"] == 1.0 and len(rows) == 3  # the toy knows no eggs
+
+
+# --------------------------------------------------------------------------------------------------
+# Again, after a kill, on several processes
+
+
+def test_another_seed_does_not_replace_the_answers_of_the_first(toy_runs):
+    first = evaluation.main(run="sft", limit=3)["sft"][1]
+    second = evaluation.main(run="sft", limit=3, seed=8)["sft"][1]
+    assert first != second
+    assert lines("runs/sft/eval/unseen-000004.jsonl") == first
+    assert lines("runs/sft/eval/unseen-000004-seed=8.jsonl") == second
+
+
+def test_the_dtype_is_the_runs(toy_runs):
+    config = read_json("runs/sft/config.json")
+    write_json("runs/sft/config.json", {"config": config["config"] | {"dtype": "bfloat16"}})
+    assert evaluation.resolve({"run": "sft"})[0].dtype == "bfloat16"
+    assert evaluation.resolve({"run": "sft", "dtype": "float32"})[0].dtype == "float32"
+
+
+def test_more_samples_are_added_to_those_that_are_there(toy_runs, capsys):
+    one = evaluation.main(run="sft", limit=4, samples=1)["sft"][1]
+    capsys.readouterr()
+    three = evaluation.main(run="sft", limit=4, samples=3)["sft"][1]
+    assert "4 of 12 answers were there already" in capsys.readouterr().out
+    assert [row for row in three if row["sample"] == 0] == one
+    anew = evaluation.main(run="sft", limit=4, samples=3, fresh=True)["sft"][1]
+    assert anew == three
+    evaluation.main(run="sft", limit=1, samples=1)  # a smaller evaluation takes nothing away
+    key = lambda row: (row["id"], row["sample"])  # noqa: E731
+    assert sorted(lines("runs/sft/eval/unseen-000004.jsonl"), key=key) == sorted(three, key=key)
+
+
+def test_other_weights_are_sampled_anew(toy_runs, capsys):
+    evaluation.main(run="sft", limit=2)
+    weights = Path("runs/sft/checkpoints/000004/model.safetensors")
+    os.utime(weights, ns=(1, 1))
+    capsys.readouterr()
+    evaluation.main(run="sft", limit=2)
+    assert "there already" not in capsys.readouterr().out
+
+
+KILLED = """
+import os, sys
+import eval as evaluation
+keep = evaluation.Store.keep
+def keep_some(store, answer, count=[0]):
+    keep(store, answer)
+    count[0] += 1
+    if count[0] == 7:
+        store.file.write('{"id": "half a li')
+        store.file.flush()
+        os.kill(os.getpid(), 9)
+evaluation.Store.keep = keep_some
+evaluation.main(run="sft", batch_size=4)
+"""
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_answers(toy_runs, capsys, monkeypatch):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", KILLED], env=environment, capture_output=True, timeout=200)
+    assert killed.returncode == -9 and len(files("runs/sft/eval-unfinished")) == 1
+    asked = []
+    original = evaluation.sample
+    monkeypatch.setattr(evaluation, "sample", lambda m, p, *a, **k: asked.extend(p) or original(m, p, *a, **k))
+    resumed = evaluation.main(run="sft", batch_size=5)["sft"][1]
+    assert len(asked) == 24 - 7
+    assert "7 of 24 answers were there already" in capsys.readouterr().out
+    assert not Path("runs/sft/eval-unfinished").exists()
+    assert evaluation.main(run="sft", fresh=True)["sft"][1] == resumed
+
+
+def test_processes_share_the_answers(toy_runs):
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--", ROOT / "eval.py"]
+    words = [sys.executable, *words, "--run=sft", "--limit=5"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("\nsft ") == 1
+    shared = lines("runs/sft/eval/unseen-000004.jsonl")
+    assert evaluation.main(run="sft", limit=5, fresh=True)["sft"][1] == shared
