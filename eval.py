@@ -43,7 +43,17 @@ from hf.tokenizer import load_tokenizer
 from model import load
 from plumbing.config import InputError, above, command, require, whole_file, write_json
 from plumbing.engine import Server, ask_all, read_samples, seed_of
-from plumbing.parallel import barrier, end_processes, gather, in_step, on_process_0, pick_device, pick_dtype, rank, world_size
+from plumbing.parallel import (
+    barrier,
+    end_processes,
+    gather,
+    in_step,
+    on_process_0,
+    pick_device,
+    pick_dtype,
+    rank,
+    world_size,
+)
 from plumbing.runs import find_checkpoint, run_folder, run_keys
 from sample import Sampling, check_used, sample
 from verify import THOUGHTS, VERIFIERS, judge, opens_thoughts, unmatchable, value
@@ -719,7 +729,11 @@ def with_files(cfg, jobs, files):
     """The jobs with the files of --samples_from: FILE belongs to the one run or model, if there is
     one; otherwise it is a row of its own, named by NAME=FILE or by the file."""
     if len(files) == 1 and len(jobs) == 1 and "=" not in files[0]:
-        return [replace(jobs[0], samples=files[0])]
+        out = jobs[0].out
+        earlier = json_lines(out.with_suffix(".json"), whole=True)
+        if earlier and earlier[0].get("samples_from") != files[0]:
+            out = out.with_name(f"{out.stem}-samples_from={Path(files[0]).stem}.jsonl")
+        return [replace(jobs[0], samples=files[0], out=out)]
     stem = Path(cfg.data).resolve().name
     for text in files:
         name, _, file = text.rpartition("=")
@@ -776,7 +790,9 @@ def summary_of(cfg, job, problems, rows, seconds, twins):
 def show_results(cfg, jobs, results, twins):
     """Print the table and what it does not show; write it as csv and json beside the first answers."""
     lines = table_of(results, twins)
-    columns = list(lines[0])
+    columns = [column for column in lines[0] if not column.startswith(("difference", "p_value"))]
+    if all(line["missing"] == 1 for line in lines):  # no model thinks
+        columns = [column for column in columns if column not in THOUGHTS]
     texts = [[cell(line[column]) for column in columns] for line in lines]
     widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
     for row in [[*columns], *texts]:
@@ -794,7 +810,7 @@ def show_results(cfg, jobs, results, twins):
     out = jobs[0].out.parent.with_name("tables") / f"{Path(cfg.data).resolve().name}.json"
     write_json(out, {"rows": [{k: None if v == "" else v for k, v in line.items()} for line in lines]})
     with whole_file(out.with_suffix(".csv")) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)
 

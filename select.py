@@ -43,7 +43,7 @@ else:
     from plumbing import selection
     from plumbing.config import InputError, command, require, whole_folder, write_json
     from plumbing.export import FORMATS, check_export, describe_labels, write_labels
-    from plumbing.runs import TEMPLATE, load_trajectory, run_folder, run_keys
+    from plumbing.runs import TEMPLATE, load_trajectory, run_folder, run_keys, with_evaluations
     from plumbing.selection import bootstrap_bottleneck, smoothed
 
 import inspect
@@ -274,6 +274,7 @@ class Config:
     tau: float = 0.0  # anchors have delta > tau, yet-to-learn tokens delta < -tau
     share: float = 0.0  # instead of tau: the share of anchors (keep) or yet-to-learn tokens (force)
     bottleneck: str = "accuracy"  # lowest train accuracy; or label_free; or a recorded step
+    accuracy: str = "recorded"  # by train.py; eval: of eval.py's answers, to stored checkpoints
     smooth: int = 0  # average that curve with so many neighbours on either side first
     name: str = ""  # folder in runs/<run>/selection/; default: the rule (and the student)
     seed: int = 0  # of the random rules
@@ -292,6 +293,8 @@ def main(**given):
     cfg, home, out = resolve(given)
     trained, trajectory = run_keys(home), load_trajectory(cfg.run)
     train_set, tokenizer = selection.load_inputs(cfg, trained, trajectory)
+    if cfg.accuracy == "eval":
+        trajectory = with_evaluations(cfg.run, trajectory, train_set)
     response, spans = train_set.response_mask(), response_spans(train_set)
     curves = bottleneck_curves(trajectory, response, spans, cfg.smooth)
     step = pick_bottleneck(cfg, curves)
@@ -339,7 +342,7 @@ def resolve(given):
     if not cfg.run:
         raise InputError("--run is missing (--help lists the keys)")
     require(cfg, kind=("keep", "force"), tau=(0, None), seed=(0, None), smooth=(0, None))
-    require(cfg, show=(0, None), export_format=FORMATS)
+    require(cfg, show=(0, None), export_format=FORMATS, accuracy=("recorded", "eval"))
     check_export(cfg)
     cfg.bottleneck = str(cfg.bottleneck)  # a notebook may well pass a number
     home = run_folder(cfg.run)

@@ -13,6 +13,7 @@ No torch, because select.py and report.py read runs without a model. Next: plumb
 
 import hashlib
 import json
+import re
 from dataclasses import fields
 from pathlib import Path, PurePath
 
@@ -269,6 +270,58 @@ def load_trajectory(run):
     if len({str(arrays["sha256"]) for arrays in found.values()}) > 1:
         raise InputError(f"{folder}: the files are not all about the same data")
     return found
+
+
+SAMPLED_ALIKE = ("temperature", "top_p", "top_k", "max_new_tokens", "samples")
+
+
+def with_evaluations(run, trajectory, train_set):
+    """The trajectory, with accuracy and correct taken from eval.py's answers to the training problems.
+
+    -> {step: arrays} of the steps that were recorded and evaluated. For runs whose checkpoints
+    another engine has answered for: train.py --record_problems=-1 --save_every=N, then eval.py
+    --run=RUN --step=N --data=DATA --server=URL for each, step 0 included. Raises InputError if
+    fewer than two steps have an evaluation, if one leaves problems out, or if they were not sampled alike.
+    """
+    folder = run_folder(run) / "eval"
+    ids = [example["id"] for example in train_set.examples]
+    found = {}
+    sampled = {}
+    for path in sorted(folder.glob("*-[0-9]*.json")):
+        match = re.search(r"-([0-9]{6})(?:-[a-z_]+=.*)?$", path.stem)
+        summary = read_json(path)
+        if not match or summary.get("sha256") != train_set.sha256:
+            continue
+        step = int(match[1])
+        if step in found:
+            raise InputError(f"{folder}: step {step} was evaluated more than once, as {path.name} too; keep one")
+        right = {}
+        for line in path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            right.setdefault(row["id"], []).append(row["correct"])
+        missing = [name for name in ids if name not in right]
+        if missing:
+            what = f"{len(missing)} problems of {train_set.folder} were not answered"
+            raise InputError(f"{path}: {what}, {missing[0]} for one")
+        found[step] = np.array([np.mean(right[name]) for name in ids], dtype=np.float32)
+        sampled[step] = {key: summary[key] for key in SAMPLED_ALIKE if key in summary}
+    steps = [step for step in found if step in trajectory]
+    if 0 not in steps or len(steps) < 2:
+        recorded = ", ".join(map(str, trajectory))
+        raise InputError(
+            f"{folder}: --accuracy=eval needs evaluations on {train_set.folder} of step 0 and of others that were "
+            f"recorded ({recorded}); there are {', '.join(map(str, sorted(found))) or 'none'}"
+        )
+    for step in steps:
+        for key in sampled[step].keys() & sampled[0].keys():  # a file of answers does not say how it was sampled
+            if sampled[step][key] != sampled[0][key]:
+                values = f"{key} {sampled[step][key]} and {sampled[0][key]}"
+                raise InputError(f"{folder}: step {step} was not sampled as step 0 was: {values}")
+    changed = {}
+    for step in sorted(steps):
+        arrays = {key: trajectory[step][key] for key in trajectory[step]}
+        changed[step] = arrays | {"correct": found[step], "accuracy": np.float64(found[step].mean())}
+    return changed
 
 
 # -------------------------------------------------------------------------------------------------

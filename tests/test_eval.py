@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from asking import files, lines
 
@@ -15,7 +16,8 @@ import data
 import eval as evaluation
 import intervals
 from hf import tokenizer as tokenizer_file
-from plumbing.config import read_json, write_json
+from plumbing.config import InputError, read_json, write_json
+from plumbing.runs import with_evaluations
 from verify import grade
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +129,7 @@ def test_base_and_runs_are_one_table_sampled_alike(toy_runs, capsys):
         "unseen-000000.json", "unseen-000000.jsonl", "unseen-000004.json", "unseen-000004.jsonl"]  # fmt: skip
     assert files("runs/t3s/eval") == ["unseen-000004.json", "unseen-000004.jsonl"]
     out = capsys.readouterr().out
-    assert "sft - base: +0.000 [-0.4" in out and "p = 1 (paired, 5 problems)" in out and "t3s - base: +0.000" in out
+    assert "sft - base: +0.000 [-0.280, +0.280], p = 1 (paired, 5 problems)" in out and "t3s - base: +0.000" in out
     with open("runs/sft/tables/unseen.csv", newline="") as file:
         written = list(csv.DictReader(file))
     assert [line["model"] for line in written] == ["base", "sft", "t3s"] and written[1]["p_value"] == "1.0"
@@ -282,3 +284,42 @@ def test_processes_share_the_answers(toy_runs):
     assert done.stdout.count("\nsft ") == 1
     shared = lines("runs/sft/eval/unseen-000004.jsonl")
     assert evaluation.main(run="sft", limit=5, fresh=True)["sft"][1] == shared
+
+
+# --------------------------------------------------------------------------------------------------
+# select.py --accuracy=eval
+
+
+def test_the_bottleneck_is_taken_from_evaluations_of_stored_checkpoints(toy_runs):
+    train_set = data.load("data/toy-1/teacher")
+    trajectory = {s: {"accuracy": np.nan, "correct": np.nan, "logprob": s} for s in (0, 2, 4, 6)}
+    with pytest.raises(InputError, match="needs evaluations on data/toy-1/teacher of step 0"):
+        with_evaluations("sft", trajectory, train_set)
+    for step in (0, 2):
+        rows = evaluation.main(run="sft", step=step, data="data/toy-1/teacher")["sft"][1]
+    evaluation.main(run="sft", step=4)  # on other problems
+    write(rows, wrong=rows[0]["id"])
+    evaluation.main(run="sft", step=4, data="data/toy-1/teacher", samples_from="wrong.jsonl")
+    found = with_evaluations("sft", trajectory, train_set)
+    assert list(found) == [0, 2, 4]
+    assert found[4]["accuracy"] == pytest.approx(found[0]["accuracy"] - found[0]["correct"][0] / 3)
+    assert found[4]["correct"][0] == 0 and found[4]["logprob"] == 4
+
+
+def write(rows, wrong):
+    with open("wrong.jsonl", "w") as file:
+        for row in rows:
+            response = ">x" if row["id"] == wrong else row["response"]
+            file.write(json.dumps({"id": row["id"], "sample": row["sample"], "response": response}) + "\n")
+
+
+def test_evaluations_that_do_not_belong_together_are_refused(toy_runs):
+    train_set = data.load("data/toy-1/teacher")
+    trajectory = {s: {"accuracy": np.nan, "correct": np.nan, "logprob": s} for s in (0, 2)}
+    evaluation.main(run="sft", step=0, data="data/toy-1/teacher")
+    evaluation.main(run="sft", step=2, data="data/toy-1/teacher", samples=1, limit=2)
+    with pytest.raises(InputError, match="1 problems of data/toy-1/teacher were not answered"):
+        with_evaluations("sft", trajectory, train_set)
+    evaluation.main(run="sft", step=2, data="data/toy-1/teacher", samples=1)
+    with pytest.raises(InputError, match="step 2 was not sampled as step 0 was"):
+        with_evaluations("sft", trajectory, train_set)
