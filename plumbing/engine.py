@@ -218,12 +218,18 @@ def seed_of(seed, name):
 def ask_all(server, path, bodies, at_once, finished):
     """Send many requests, `at_once` of them at a time; finished(key, answers) as each one is answered.
 
-    bodies: {key: request body}. The first failure ends it, after what is under way.
+    bodies: {key: request body}. After the first failure no more are sent; the answers of those that
+    are under way are waited for, and not lost.
     """
     pool = ThreadPoolExecutor(at_once)
+    jobs = {pool.submit(server.complete, path, body): key for key, body in bodies.items()}
+    waiting = dict(jobs)
     try:
-        jobs = {pool.submit(server.complete, path, body): key for key, body in bodies.items()}
         for job in as_completed(jobs):
-            finished(jobs[job], job.result())
+            key = waiting.pop(job)
+            finished(key, job.result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        for job, key in waiting.items():
+            if not job.cancelled() and job.exception() is None:
+                finished(key, job.result())

@@ -122,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send({"error": "out of order"}, trouble)
         else:
             prompt = body.get("prompt", body.get("messages"))
-            text = f"> {sum(prompt) % 10}" if isinstance(prompt[0], int) else f"> {len(str(prompt)) % 10}"
+            text = f"> {sum(prompt) % 10}" if isinstance(prompt[0], int) else f"> {len(str(prompt)) % 6 + 1}"
             kind = {"text": text} if "prompt" in body else {"message": {"content": text}}
             self.send({"choices": [kind | {"finish_reason": "stop"}], "usage": {"completion_tokens": 2}})
 
