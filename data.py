@@ -31,7 +31,7 @@ from hf.template import cut, fixed_date, parse_kwargs, uncut
 from hf.tokenizer import load_tokenizer
 from plumbing.config import InputError, command, read_json, require, whole_folder, write_json
 from plumbing.tally import Tally, report
-from verify import VERIFIERS, unmatchable
+from verify import VERIFIERS, opens_thoughts, unmatchable
 
 FILES = ("tokens.bin", "spans.npy", "examples.jsonl")
 

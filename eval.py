@@ -502,7 +502,9 @@ def main(**given):
         return compare_likelihoods(cfg, jobs, problems, indices)
     questions(problems, indices, cfg.samples, cfg.verifier)
     check_tokenizers(cfg, jobs, problems)
-    check_used([read_config(job.folder) for job in jobs if job.folder], cfg)
+    configs = [read_config(job.folder) for job in jobs if job.folder]
+    if configs:
+        check_used(configs, cfg)
     files = {job.name: samples_of(job, problems, indices, cfg, given) for job in jobs if job.samples}
     device = pick_device(cfg.device)
     with sharing_processes():
