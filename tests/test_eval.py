@@ -179,7 +179,7 @@ def test_a_write_that_fails_leaves_what_was_there(toy_runs, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("plumbing.config.os.fsync", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="No space left"):
         evaluation.main(run="sft", limit=3)
     assert {path: Path("runs/sft/eval", path).read_bytes() for path in files("runs/sft/eval")} == before
 
