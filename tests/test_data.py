@@ -61,7 +61,8 @@ def test_every_form_of_a_line_becomes_prompt_and_response(here, capsys):
     assert sorted(os.listdir("out")) == ["examples.jsonl", "meta.json", "spans.npy", "tokens.bin"]
     assert {k: v for k, v in made.meta.items() if "sha256" not in k} == {
         "n_examples": 5, "n_tokens": len(expected), "too_long": 0, "max_tokens": 0, "verifier": "auto",
-        "source": "in.jsonl", "tokenizer_hash": tokenizer_file.load_tokenizer("student").hash,
+        "source": "in.jsonl", "tokenizer": "student",
+        "tokenizer_hash": tokenizer_file.load_tokenizer("student").hash,
         "template_hash": hashlib.sha256(QWEN3.encode()).hexdigest(), "template_kwargs": {}, "date": "",
         "counts": dict.fromkeys(tally.COUNTED, 0) | {"with_thoughts": 1, "without_thoughts": 4, "with_answer": 4,
                                                     "graded_right": 2, "earlier_answers": 1},
