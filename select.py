@@ -111,16 +111,16 @@ def find_label_free_bottleneck(curve, smooth=0):
 # -------------------------------------------------------------------------------------------------
 # 2. The rule
 #
-# rule(moved, start, spans, rng) -> (n,) bool: what leaves the loss (keep) or is masked (force)
+# rule(moved, start, spans, rng) -> (n,) bool, True: the token leaves the loss (kind keep), or is
+# always masked (kind force). Or (n,) floats: the weight that each token keeps in the loss, 0 leaves.
 #
 #   moved  (n,) bool, what T3S takes: the imitation anchors (keep), the yet-to-learn tokens (force)
 #   start  (n,) confidence at step 0, nats
 #   spans  (examples, 2) first and last + 1 of each example's response in these arrays
 #   rng    numpy generator, seeded with --seed
 #
-# A new rule is a function and its line in RULES; it works for both kinds of student. One that
-# returns float32 gives the weight of every token in the loss of an autoregressive student. What
-# else a rule may ask for, by name after a *:
+# A new rule is a function and its line in RULES, for both kinds of student: a weight of 0.3 on the
+# anchors is `np.where(moved, 0.3, 1.0)`. What else a rule may ask for, by name after a *:
 #
 #   gain     (n,) what T3S ranks by: the rise of confidence (keep) or its fall (force), nats
 #   low      (n,) confidence at the bottleneck, nats
@@ -209,7 +209,8 @@ RULES = {
 
 
 def choose(rule, kind, delta, start, spans, tau=0.0, seed=0, **recorded):
-    """The selection: (n,) bool, what stays in the loss (keep) or is always masked (force).
+    """The selection: (n,) bool, what stays in the loss (keep) or is always masked (force); of a rule
+    that gives weights (n,) float32, the weight of each token in the loss.
 
     delta     (n,) change of confidence from step 0 to the bottleneck, nats
     recorded  ids, entropy: what some rules ask for
@@ -228,8 +229,13 @@ def choose(rule, kind, delta, start, spans, tau=0.0, seed=0, **recorded):
     more = {name: recorded[name] for name in asked_for(rule, recorded)}
     rng = np.random.default_rng(seed)
     moved = RULES[rule](rose if kind == "keep" else fell, start, spans, rng, **more)
-    if moved.dtype == np.float32:
-        return moved  # weights are what stays already
+    if np.issubdtype(moved.dtype, np.floating):
+        return moved.astype(np.float32)  # weights say what stays, so there is nothing to turn round
+    if moved.dtype != bool or moved.shape != delta.shape:
+        raise InputError(
+            f"--rule={rule}: must return bool or floats, one per response token; "
+            f"it returned {moved.dtype} of shape {moved.shape}"
+        )
     return ~moved if kind == "keep" else moved
 
 
@@ -269,7 +275,7 @@ def tau_of_share(delta, share, kind):
 @dataclass
 class Config:
     run: str = ""  # the run whose trajectory decides: runs/<run>
-    rule: str = "t3s"  # t3s, inverse, all, rrt (writes a model), or a control: --rule=? names all
+    rule: str = "t3s"  # t3s, inverse, all, rrt (writes a model), or a control in RULES
     kind: str = "keep"  # keep: what stays in the loss; force: what is masked (diffusion only)
     tau: float = 0.0  # anchors have delta > tau, yet-to-learn tokens delta < -tau
     share: float = 0.0  # instead of tau: the share of anchors (keep) or yet-to-learn tokens (force)
@@ -342,6 +348,7 @@ def resolve(given):
     if not cfg.run:
         raise InputError("--run is missing (--help lists the keys)")
     require(cfg, kind=("keep", "force"), tau=(0, None), seed=(0, None), smooth=(0, None))
+    require(cfg, rule=(*RULES, "inverse", "all", "rrt"))  # a typo costs nothing: nothing was read
     require(cfg, show=(0, None), export_format=FORMATS, accuracy=("recorded", "eval"))
     check_export(cfg)
     cfg.bottleneck = str(cfg.bottleneck)  # a notebook may well pass a number

@@ -56,6 +56,8 @@ def describe(run, before):
     for mask, what in ((run.selected, f"stay in the loss{anchors}"), (run.forced, masked)):
         if mask is not None:
             chosen = int((mask > 0).sum())
+            if mask.dtype != bool:
+                what += f", with weights that sum to {mask.sum(dtype=np.float64):,.1f}"
             say(f"selection {cfg.selection}: {chosen:,} tokens = {chosen / response:.1%} {what}")
     if cfg.packing:
         say(packing(run))

@@ -125,10 +125,14 @@ def token_statistics(tokenizer, ids, delta, picked, tau, spans):
     anchors = delta > tau
     yet_to_learn = delta < -tau
     chosen = picked > 0
+    weights = None  # least, mean and greatest, of a selection that is no mask
+    if picked.dtype != bool:
+        weights = [float(picked.min()), float(picked.mean()), float(picked.max())]
     return {
         "response_tokens": len(picked),
         "selected": int(chosen.sum()),
         "share": float(chosen.mean()),
+        "weights": weights,
         "anchors": float(anchors.mean()),
         "yet_to_learn": float(yet_to_learn.mean()),
         "examples_without_any": int((np.add.reduceat(chosen, spans[:, 0]) == 0).sum()),
@@ -185,6 +189,9 @@ def report(cfg, stats, out):
         words = [f"{row['token']!r} {row['count']}/{row['seen']}" for row in stats[key][:8]]
         print(f"most frequent {key.replace('_', ' ')}: {', '.join(words)}")
     what = "stay in the loss" if cfg.kind == "keep" else "are always masked"
+    if stats["weights"]:
+        least, mean, most = stats["weights"]
+        what += f", with weights from {least:.2f} to {most:.2f}, {mean:.2f} on average"
     print(
         f"{out}: {stats['selected']:,} tokens = {stats['share']:.1%} {what}; "
         f"examples without any: {stats['examples_without_any']}"

@@ -52,8 +52,17 @@ def test_an_unknown_rule_is_refused_with_all_the_names():
         select.choose("best", "keep", *test_select.world())
 
 
+@pytest.mark.parametrize("rule", [lambda moved, *_: moved.astype(int), lambda moved, *_: moved[1:]])
+def test_a_rule_that_returns_something_else_is_named_and_writes_nothing(run, monkeypatch, rule):
+    monkeypatch.setitem(select.RULES, "odd", rule)
+    with pytest.raises(InputError, match="--rule=odd: must return bool or floats, one per response token"):
+        select.main(run="sft", rule="odd")
+    assert not Path("runs/sft/selection").exists()
+
+
 @pytest.mark.parametrize("keys, message", [
     (dict(), "--run is missing"),
+    (dict(run="none", rule="best"), "--rule=best: must be t3s or random or"),
     (dict(run="other"), "config.json: no such file"),
     (dict(run="sft", kind="drop"), "--kind=drop: must be keep or force"),
     (dict(run="sft", tau=-1.0), "--tau=-1.0: must be at least 0"),

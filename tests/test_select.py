@@ -152,9 +152,11 @@ def test_a_rule_of_your_own_is_a_function_and_its_line(run, monkeypatch):
         assert kept == sorted(kept, reverse=True) and not mask[start:prompt_end].any()
 
 
-def test_a_rule_may_give_weights(run, monkeypatch):
-    monkeypatch.setitem(select.RULES, "half", lambda moved, *_: np.where(moved, 0.5, 1).astype(np.float32))
+def test_a_rule_may_give_weights_of_any_float_type(run, monkeypatch, capsys):
+    monkeypatch.setitem(select.RULES, "half", lambda moved, *_: np.where(moved, 0.5, 1))  # float64
     out = select.main(run="sft", rule="half", show=0)
+    share = np.mean(run.logprob(2)[run.response] > run.logprob(0)[run.response])
+    assert f"with weights from 0.50 to 1.00, {1 - share / 2:.2f} on average" in capsys.readouterr().out
     weights = runs.load_mask(out, run.train_set)
     rose = run.logprob(2) > run.logprob(0)
     assert weights.dtype == np.float32
