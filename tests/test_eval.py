@@ -277,7 +277,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_answers(toy_runs, capsys, monke
 
 
 def test_processes_share_the_answers(toy_runs):
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--", ROOT / "eval.py"]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", ROOT / "eval.py"]
     words = [sys.executable, *words, "--run=sft", "--limit=5"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
