@@ -9,9 +9,17 @@
     python train.py --model=M --dry_run=true --gpus=8                  # memory: plumbing/memory.py
 
 M is a Hugging Face folder or hub id, autoregressive or masked-diffusion; D a folder made by data.py.
-Everything is written to runs/<run>/: config.json, log.jsonl (one line per step), checkpoints/
-(ordinary Hugging Face folders), trajectory/ (log-probability of every response token, and train
-accuracy, at each recorded checkpoint).
+Everything is written to runs/<run>/:
+
+    config.json     the keys, the command, versions, hashes of all that is read
+    log.jsonl       one line per update, and one per recorded checkpoint
+    checkpoints/    ordinary Hugging Face folders: the bottleneck, the last, and --save_every
+    trajectory/     at each recorded checkpoint: log-probability of every response token, the
+                    sampled answers, train accuracy
+    resume/         the newest resume states: --resume=true continues from them
+    lock            held while a process trains this run
+
+select.py adds selection/, eval.py adds eval/.
 
 Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP all mean: save and stop, exit code 130 (1 under torchrun). Only a
 second Ctrl-C stops at once.
@@ -101,8 +109,8 @@ class Config(Sampling, Corruption):
     # what if it stops
     resume: bool = False  # continue from the newest complete resume state; unset keys are the run's own
     allow_changes: bool = False  # resume although data, selection or keys have changed
-    resume_every: int = 0  # write a resume state every so many steps and before recording; 0: at the end only
-    keep_checkpoints: int = 2  # so many resume states are kept, the newest
+    resume_every: int = 0  # a resume state (12 bytes a parameter) every so many steps, and at the end; -1: none
+    keep_resume_states: int = 2  # so many resume states stay, the newest, also when the run is done
     lock: bool = True  # keep a second process out of the run; false where the file system cannot
     # without training
     dry_run: bool = False  # only print what memory it takes; needs the model's config.json only
@@ -142,12 +150,13 @@ def main(**given):
     cfg = resolve(given)
     if cfg.dry_run:
         return memory.dry_run(cfg)
-    if cfg.probe and not cfg.selection:
+    if cfg.probe and not cfg.selection:  # a run that is resumed names its selection already
         cfg.selection = probe(cfg)
     run = read_inputs(cfg)
     with resume.lock(run.folder, cfg.lock), run.interrupt:
         finished = train(run)
-    if not finished:  # `train.py && select.py` must not go on with half a run
+    if not finished:
+        # an exit code that is not 0: `train.py && select.py` must not go on with half a run
         parallel.end_processes()
         raise KeyboardInterrupt
 
@@ -157,34 +166,32 @@ def train(run):
     cfg, folder = run.cfg, run.folder
     before = begin(run)
     step = first = before.step
-    bottleneck = before.bottleneck  # (accuracy, step): the lowest accuracy so far, and where
+    # (accuracy, step), the lowest so far. It decides only which checkpoint is kept, for RRT and
+    # eval.py; select.py finds the bottleneck again, from trajectory/
+    lowest = before.lowest
     student, optimizer = run.student, run.optimizer
     shown = screen.Progress(run, before)
     with resume.Log(folder) as log:
         while True:  # once for each theta_step
             asked = run.interrupt.asked_anywhere(run.device)
             last = asked or step >= cfg.steps
-            recording = cfg.record_every and (last or due(cfg.record_every, step))
+            record_pending = cfg.record_every and (last or due(cfg.record_every, step))
             if step == first and before.recorded:
-                recording = False
+                record_pending = False  # a resumed run does not record the same step twice
 
             # once in a while: a resume state, before anything that takes long
-            saving = last or due(cfg.resume_every, step) or (cfg.resume_every and recording)
-            if step > first and saving and not resume.has(folder, step):
-                resume.save(folder, student, optimizer, step, cfg.keep_checkpoints)
+            if step > first and (last or state_due(cfg, step, record_pending)):
+                save_state(run, step)
 
             # once in a while: record what theta_step thinks of every token, and how often it is right
-            if recording and not asked:
+            if record_pending and not asked:
                 recorded = record(run, step)
-                if recorded is None:  # interrupted: once more from the top, to save and stop
-                    continue
+                if recorded is None:
+                    continue  # interrupted, and `asked` stays true: from the top, to save and stop
+                record_pending = False
                 log.write(recorded)
                 shown.record(recorded)
-                if is_lower(recorded["accuracy"], step, bottleneck):
-                    # the bottleneck so far; whether it is the bottleneck is known at the end
-                    save_checkpoint(run, step)
-                    resume.remove_checkpoint(cfg, folder, bottleneck)
-                    bottleneck = (recorded["accuracy"], step)
+                lowest = keep_lowest(run, recorded, lowest)
 
             # once in a while: a checkpoint
             if step and (last or due(cfg.save_every, step)):
@@ -193,18 +200,21 @@ def train(run):
             if last:
                 break
 
-            # theta_step -> theta_(step + 1)
+            # theta_step -> theta_(step + 1). A signal that comes now waits until the update is made
             tick = time.time()
             lr = learning_rate(cfg, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             done = train_step(cfg, student, optimizer, micro_batches(run, step), step)
             seconds = time.time() - tick
-            speed = memory.mfu(cfg, run.device, done.pop("flops"), seconds)
+            operations = done.pop("flops")  # the log has them as a share of what the GPU can do
+            speed = memory.mfu(cfg, run.device, operations, seconds)
             log.write({**done, "lr": lr, "seconds": round(seconds, 4), **speed})
             shown.step(done, lr, seconds, speed)
             step += 1
-    finished = step >= cfg.steps and not (asked and recording)
+    # an interrupted last recording is still pending: all updates are made, but select.py lacks a
+    # record. So the run counts as unfinished, and --resume=true completes it
+    finished = step >= cfg.steps and not record_pending
     shown.end(step, finished)
     parallel.barrier()  # the first process to exit ends the others: not before all is written
     return finished
@@ -213,18 +223,31 @@ def train(run):
 def probe(cfg):
     """T3S by a short pass 1 -> the selection's folder: --probe steps of SFT, two sweeps, no answers.
 
-    The run <run>-probe is made once; a run that is resumed finds it, and continues it if need be.
+    Nothing is sampled, so no accuracy shows where the bottleneck is: the probe's last step stands
+    for it. The run <run>-probe is made once; a run that is resumed finds it, and continues it if
+    need be.
     """
+    parallel.start_processes(cfg)  # or each process would look on its own disk only
+    resume.refuse_existing(cfg, run_folder(cfg.run))  # before the probe's steps, not after them
     name = f"{cfg.run}-probe"
     folder = run_folder(name) / "selection" / "t3s"
     if parallel.exists(folder / "mask.npy"):
         return str(folder)
     short = {"run": name, "steps": cfg.probe, "probe": 0, "resume": True, "schedule": "constant"}
-    record = {"record_every": cfg.probe, "record_problems": -1, "eval_data": "", "save_every": 0}
-    main(**{**asdict(cfg), **short, **record})
+    recording_keys = {
+        "record_every": cfg.probe,  # at theta_0 and at the end
+        "record_problems": -1,
+        "eval_data": "",
+        "save_every": 0,
+    }
+    main(**{**asdict(cfg), **short, **recording_keys})
     kind = "force" if families.read_config(local_folder(cfg.model)).is_diffusion else "keep"
     made = {"run": name, "rule": "t3s", "kind": kind, "bottleneck": str(cfg.probe), "show": 0}
-    parallel.on_process_0(lambda: load_select().main(**made) and None)
+
+    def choose():
+        load_select().main(**made)
+
+    parallel.on_process_0(choose)
     return str(folder)
 
 
@@ -233,11 +256,33 @@ def due(every, step):
     return every > 0 and step % every == 0
 
 
-def is_lower(accuracy, step, bottleneck):
-    """Step 0 is no bottleneck: nothing was learned yet. Ties go to the earliest step."""
+def keep_lowest(run, recorded, lowest):
+    """Keep the checkpoint of the lowest accuracy so far, and no longer that of the lowest before.
+
+    -> (accuracy, step), the lowest so far. Step 0 is no bottleneck: nothing was learned yet. Ties
+    go to the earliest step, as in select.py.
+    """
+    accuracy, step = recorded["accuracy"], recorded["step"]
     if step == 0 or accuracy is None:
-        return False
-    return bottleneck is None or accuracy < bottleneck[0]
+        return lowest
+    if lowest is not None and accuracy >= lowest[0]:
+        return lowest
+    # the new one first: a kill in between leaves one checkpoint too many, not one too few
+    save_checkpoint(run, step)
+    resume.remove_checkpoint(run.cfg, run.folder, lowest)
+    return (accuracy, step)
+
+
+def state_due(cfg, step, record_pending):
+    """Is it time for a resume state? A recording can take longer than all the updates before it."""
+    return due(cfg.resume_every, step) or (cfg.resume_every > 0 and record_pending)
+
+
+def save_state(run, step):
+    """Write resume/<step>, unless it is there or none are wanted."""
+    cfg = run.cfg
+    if cfg.resume_every >= 0 and not resume.has(run.folder, step):
+        resume.save(run.folder, run.student, run.optimizer, step, cfg.keep_resume_states)
 
 
 def save_checkpoint(run, step):
@@ -255,23 +300,35 @@ def begin(run):
     """
     cfg, folder, device = run.cfg, run.folder, run.device
 
+    # model.load knows no Config. It calls this before the student has memory, so that no process
+    # ever holds the whole of it
     def shard(student):
         parallelize(cfg, student, device)
 
-    resume.clean(folder)
+    # whatever can be refused is refused first: reading the weights can take minutes
+    checked = resume.check(run)
     first = resume.newest(folder) if cfg.resume else 0
     if first > cfg.steps:
         stop(f"--steps={cfg.steps}: this run has made {first} updates already")
+    if cfg.resume_every < 0 and not first and parallel.exists(folder / "config.json"):
+        stop(
+            f"{folder}: no resume state was kept (--resume_every=-1), so there is nothing to go on "
+            "from; give --run another name, or delete the folder"
+        )
+    resume.clean(folder)
     if first:
         run.student = model.build(run.shape, device, shard=shard)
     else:
         run.student = model.load(run.source, device, shard=shard)
     run.optimizer = make_optimizer(cfg, run.student)
-    before = resume.start(run, first)
+    # from here on the folder is written to: weights that cannot be read have left no trace
+    before = resume.start(run, first, checked)
     if first:
         resume.load(folder, first, run.student, run.optimizer)
-        if before.bottleneck and before.bottleneck[1] == first:
-            save_checkpoint(run, first)  # it may have been stopped just before
+        if before.lowest and before.lowest[1] == first:
+            # the log has this record, but the run may have been stopped before its checkpoint
+            # was written; and it is not recorded again
+            save_checkpoint(run, first)
     return before
 
 
@@ -279,7 +336,9 @@ def train_step(cfg, student, optimizer, batches, step):
     """One update -> its log line.
 
     loss = sum of weighted NLL / sum of counts over the whole step: all micro-batches, all processes.
-    A mean of means would weigh the tokens of short examples more.
+    A mean of means would weigh the tokens of short examples more. backward() itself sums gradients
+    over the processes; FSDP's division by their number is switched off in parallel.parallelize. So
+    dividing by the global normaliser is all.
 
     If the loss or the gradient norm is not finite, every process stops with one message that names
     the examples at fault, before the weights are touched.
@@ -291,15 +350,17 @@ def train_step(cfg, student, optimizer, batches, step):
     for batch in batches:
         positions, attention = batch["positions"], batch["attention"]
         nll = student(batch["ids"], batch["targets"], positions=positions, attention=attention)
-        # no token is scored in the whole step: loss 0, gradient 0
-        loss = (nll * batch["weights"]).sum() / (normaliser or 1)  # nll (B, T)
-        loss.backward()
-        losses.append(loss.item())
+        # the normaliser is 0 if no token is scored in the whole step: loss 0, gradient 0
+        part = (nll * batch["weights"]).sum() / (normaliser or 1)  # nll (B, T)
+        part.backward()
+        losses.append(part.item())
     norm = grad_norm(student)
+    # of all processes, as is the norm: so all of them take the same branch
     loss = all_reduce(math.fsum(losses), device)
     if not (math.isfinite(loss) and math.isfinite(norm.item())):
         stop(f"step {step + 1}: loss {loss}, gradient norm {norm.item()}{at_fault(batches, losses)}")
     if cfg.clip:
+        # the norm is known, so it is not computed a second time
         torch.nn.utils.clip_grads_with_norm_(student.parameters(), cfg.clip, norm)
     optimizer.step()
 
@@ -311,7 +372,7 @@ def train_step(cfg, student, optimizer, batches, step):
 
 
 def at_fault(batches, losses):
-    """The rest of the message about a step whose loss is not finite."""
+    """The rest of the message about a step whose loss is not finite. Collective."""
     mine = []
     for batch, loss in zip(batches, losses, strict=True):
         if not math.isfinite(loss):
@@ -347,6 +408,7 @@ def work_done(cfg, batches, device):
 
 def make_optimizer(cfg, student):
     """AdamW; weight decay on matrices only."""
+    # norms and biases are vectors; stacked experts have three dimensions
     matrices = [p for p in student.parameters() if p.dim() > 1]
     others = [p for p in student.parameters() if p.dim() <= 1]
     groups = [
@@ -363,6 +425,7 @@ def learning_rate(cfg, step):
         return cfg.lr * (step + 1) / cfg.warmup_steps
     if cfg.schedule == "constant":
         return cfg.lr
+    # 0 at the first update after the warm-up; the last one is still made at more than 0
     progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -383,6 +446,7 @@ def resolve(given):
     if given.get("revision"):  # from here on it is a part of the name
         pinned = at_revision(given.get("model", ""), given["revision"])
         given = given | {"model": pinned, "revision": ""}
+    # a resumed run is the run it was; pass 2 trains as pass 1 did, so only the selection differs
     inherited = {}
     folder = run_folder(given["run"]) if given.get("run") else None
     if folder and given.get("resume") and (folder / "config.json").is_file():
@@ -401,10 +465,10 @@ def resolve(given):
         beta2=(0, below(1)),
         gpu_memory_gib=(above(0), None),
     )
-    counts = "steps micro_batch_size samples max_new_tokens sample_batch_size keep_checkpoints"
+    counts = "steps micro_batch_size samples max_new_tokens sample_batch_size keep_resume_states"
     require(cfg, **dict.fromkeys([*counts.split(), "timeout", "gpus"], (1, None)))
-    require(cfg, record_problems=(-1, None))
-    never = "probe record_every save_every resume_every confidence_draws max_row_tokens"
+    require(cfg, record_problems=(-1, None), resume_every=(-1, None))
+    never = "probe record_every save_every confidence_draws max_row_tokens"
     sizes = "batch_size lr warmup_steps weight_decay clip seed"
     require(cfg, **dict.fromkeys([*never.split(), *sizes.split()], (0, None)))  # 0: none, or all
     return cfg
@@ -412,6 +476,7 @@ def resolve(given):
 
 def read_inputs(cfg):
     """All that a run reads, except the weights, checked to belong together -> Run."""
+    # first: from here on an error is said by one process, not by each
     device = parallel.start_processes(cfg)
     source = local_folder(cfg.model)
     shape = families.read_config(source)
@@ -447,6 +512,7 @@ def read_inputs(cfg):
 
 def check_recording(cfg, shape, train_set, eval_set):
     """Raises InputError, now and not at step 0, for sampling keys or problems that cannot work."""
+    # problems of the training data may lack answers: then there is no accuracy, only c_t
     if eval_set and any(example["answer"] is None for example in eval_set.examples):
         raise InputError(
             f"{cfg.eval_data}: not every example has an answer, so there is no accuracy to record"
@@ -467,6 +533,7 @@ def load_data(folder, tokenizer, shape):
     loaded = data.load(folder)
     check_tokenizer(loaded, tokenizer)
     check_fits(shape, loaded)
+    # no error: another template of the same tokenizer can be meant, but seldom is
     if loaded.meta.get("template_hash") not in (None, tokenizer.template_hash):
         screen.say(
             f"warning: {folder} was rendered by another chat template than the student's, "

@@ -50,7 +50,6 @@ def record(run, step):
     home = run.folder / "trajectory"
     partial = home / f".{step:06d}.logprob"
     line = {"step": step, "event": "record"}
-    correct = np.full(len(run.train_set), np.nan, dtype=np.float32)
     try:
         with run.interrupt.heard(run.student):
             line["nll"] = sweep(run, partial, step)
@@ -63,31 +62,33 @@ def record(run, step):
         return None
     if rows is not None:
         line["answers"] = evaluation.rates(rows)
-        by_id = evaluation.by_problem(rows)
-        for i, example in enumerate(run.train_set.examples):
-            correct[i] = by_id.get(example["id"], np.nan)
-
-    def write():
-        accuracy = np.nan if line["accuracy"] is None else line["accuracy"]
-        logprob, *more = stored_planes(run, partial)
-        with whole_file(home / f"{step:06d}.npz") as aside, open(aside, "wb") as file:
-            np.savez(
-                file,
-                logprob=logprob,
-                correct=correct,
-                accuracy=accuracy,
-                step=step,
-                sha256=run.train_set.sha256,
-                tokenizer_hash=run.tokenizer.hash,
-                **({"entropy": more[0]} if more else {}),
-            )
-        apart = nll_apart(run, logprob)
-        for left in home.glob(f".{step:06d}.*"):  # the partial files
-            left.unlink()
-        return apart
-
-    line |= on_process_0(write)
+    line |= on_process_0(lambda: write_record(run, step, partial, line["accuracy"], rows))
     return {**line, "seconds": round(time.time() - tick, 4)}
+
+
+def write_record(run, step, partial, accuracy, rows):
+    """A sweep and its answers -> trajectory/<step>.npz; returns nll_apart for the log."""
+    home = partial.parent
+    by_id = {} if rows is None else evaluation.by_problem(rows)
+    names = [example["id"] for example in run.train_set.examples]
+    correct = np.array([by_id.get(name, np.nan) for name in names], dtype=np.float32)
+    logprob, *more = stored_planes(run, partial)
+    with whole_file(home / f"{step:06d}.npz") as aside, open(aside, "wb") as file:
+        np.savez(
+            file,
+            logprob=logprob,
+            correct=correct,  # (n_examples,), nan for problems that were not asked
+            accuracy=np.nan if accuracy is None else accuracy,
+            step=step,
+            sha256=run.train_set.sha256,
+            tokenizer_hash=run.tokenizer.hash,
+            **({"entropy": more[0]} if more else {}),
+        )
+    apart = nll_apart(run, logprob)
+    # only now: a process killed before this line continues from the partial files
+    for left in home.glob(f".{step:06d}.*"):
+        left.unlink()
+    return apart
 
 
 # -------------------------------------------------------------------------------------------------
@@ -206,8 +207,8 @@ def nll_apart(run, logprob):
 def answers(run, step, problems, path):
     """Sample and grade answers to --record_problems of `problems` -> rows as of eval.evaluate.
 
-    None if a problem has no answer to compare with, or none is asked for. The rows are written to `path`; batches that
-    an interrupted recording has finished are not sampled again.
+    None if a problem has no answer to compare with, or none is asked for. The rows are written to
+    `path`; batches that an interrupted recording has finished are not sampled again.
     """
     cfg = run.cfg
     if cfg.record_problems < 0 or any(one["answer"] is None for one in problems.examples):
@@ -304,7 +305,8 @@ def step_0_of_pass_1(run):
             first = json.loads(text.partition("\n")[0])
             of_training = set(diffusion.Corruption.__dataclass_fields__)
             now = read_json(run.folder / "config.json")
-            if not resume.records_alike(before, now, of_training):
+            defaults = resume.defaults_of(run.cfg)
+            if not resume.records_alike(before, now, defaults, of_training):
                 return None
             logprob = np.load(pass_1 / f"{name}.npz")["logprob"]
         except (InputError, OSError, ValueError, KeyError):

@@ -234,6 +234,10 @@ def _read_llada(raw, family):
     )
 
 
+# A new family needs: its reader here, from the keys of its config.json; in NAMES below the tensors
+# that it calls otherwise; in DEFAULTS what its configuration class assumes. Go through every key of
+# that class: one that changes the logits is computed in model.py or refused in _check_features.
+# Then put it beside transformers in the lists of tests/test_families.py (VALUES: its keys).
 READERS = {
     "llama": _read_llama_like,
     "qwen2": _read_llama_like,
@@ -365,6 +369,14 @@ def _check_features(config):
         raise InputError("use_sliding_window is not supported")
     if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
         raise InputError("layer_types other than full_attention are not supported")
+    # factors of other families (Granite's, Cohere's, Gemma 2's): no family here computes any
+    for key in sorted(filter(_is_multiplier, raw)):
+        value = raw[key]
+        off = value is None or value is False
+        # 1 changes nothing, except as the factor that stands for 1 / sqrt(head_dim)
+        one = value == 1 and value is not True and key != "attention_multiplier"
+        if not (off or one):
+            raise InputError(f"{key} {value!r} is not supported")
     # what LLaDA's and Ling's code could do, and their checkpoints do not
     off = ("alibi", "attention_layer_norm", "clip_qkv", "input_emb_norm", "scale_logits",
            "multi_query_attention", "norm_head")  # fmt: skip
@@ -384,6 +396,11 @@ def _check_features(config):
     for key, value in only.items():
         if raw.get(key, value) != value:
             raise InputError(f"{key} {raw[key]!r} is not supported, only {value!r}")
+
+
+def _is_multiplier(key):
+    ends = ("_multiplier", "_multipliers", "_scaling", "_softcapping", "logit_scale")
+    return key.endswith(ends) and key != "rope_scaling"
 
 
 # ------------------------------------------------------------------------------------------------

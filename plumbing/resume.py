@@ -20,12 +20,13 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ from plumbing.runs import checkpoint, mask_hash
 # keys that change no result, except by rounding: a resumed run may have others
 FREE = {
     "resume_every",
-    "keep_checkpoints",
+    "keep_resume_states",
     "micro_batch_size",
     "sample_batch_size",
     "device",
@@ -78,8 +79,8 @@ class Start:
     """What a run begins with: nothing, or what it had at its newest state."""
 
     step: int = 0  # updates that were made
-    bottleneck: tuple | None = None  # (train accuracy, step), the lowest recorded after step 0
-    accuracy: float | None = None  # train accuracy, the last one recorded
+    lowest: tuple | None = None  # (train accuracy, step), the lowest recorded after step 0
+    latest: tuple | None = None  # (train accuracy, step), the last one recorded
     recorded: bool = False  # was this step recorded already?
 
 
@@ -339,40 +340,50 @@ class Log:
 # The run folder around a state
 
 
-def start(run, step):
-    """Write or check config.json, and take the folder back to `step` -> Start. Collective."""
-    changes = start_run(run)
+def start(run, step, checked):
+    """Write config.json, and take the folder back to `step` -> Start. Collective.
+
+    checked: what `check` said of this run.
+    """
+    now, changes = checked
+    write_config(run, now, changes)
     stale = any(key not in OF_UPDATES for key, _, _ in changes)
 
     def back():
-        lowest, accuracy = rewind(run.cfg, run.folder, step, stale)
-        return lowest, accuracy, recorded_at(run.folder, step)
+        lowest, latest = rewind(run.cfg, run.folder, step, stale)
+        return lowest, latest, recorded_at(run.folder, step)
 
-    lowest, accuracy, recorded = on_process_0(back)
-    return Start(step, lowest, accuracy, recorded)
+    lowest, latest, recorded = on_process_0(back)
+    return Start(step, lowest, latest, recorded)
 
 
 def clean(folder):
-    """Remove what a killed process left half-written, before anything new needs the room."""
+    """Remove what a killed process left half-written, before anything new needs the room.
+
+    Only what has this program's own names for that: other dotfiles are the user's, or the file
+    system's. What an interrupted recording has left (PARTIAL) is continued, so it stays.
+    """
 
     def remove():
         for name in (".", "checkpoints", "trajectory", "resume"):
             for path in (folder / name).glob(".*"):
-                if path.suffix in PARTIAL:
-                    continue
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if HALF_WRITTEN.fullmatch(path.name):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     on_process_0(remove)
 
 
+# .000040.tmp and .000040.old of a state; .<name>.<process id>.tmp and .old of plumbing/config.py
+HALF_WRITTEN = re.compile(r"\..*\d\.(tmp|old)")
 PARTIAL = (".logprob", ".answers")  # a recording that was interrupted: continued, not begun again
+OF_A_STEP = re.compile(r"\.?(\d+)\..+")  # in trajectory/: what was recorded at a step
 
 
 def rewind(cfg, folder, step, stale=False):
     """Take the run folder back to when the run had made `step` updates.
 
     stale: what was recorded at `step` is no longer true, because the keys have changed.
-    Returns the lowest (accuracy, step) or None, and the last accuracy or None.
+    Returns the lowest (accuracy, step) and the last one, each None if there is none.
     Raises InputError if log.jsonl lacks a line.
     """
     log = folder / "log.jsonl"
@@ -396,15 +407,18 @@ def rewind(cfg, folder, step, stale=False):
         if not is_kept(cfg, folder, int(path.name), step, lowest):
             shutil.rmtree(path)
     for path in (folder / "trajectory").glob("*"):
-        at = int(path.name.strip(".").partition(".")[0])
+        named = OF_A_STEP.fullmatch(path.name)
+        if not named:
+            continue  # the user's
+        at = int(named[1])
         beyond = at > step and path.suffix not in PARTIAL
         unfinished = at == step and not recorded and path.suffix not in PARTIAL
         if beyond or unfinished or (stale and at >= step):
             path.unlink()
     damaged = [path for path in states(folder) if int(path.name) > step]
-    for path in [*damaged, *states(folder)[len(damaged) + cfg.keep_checkpoints :]]:
+    for path in [*damaged, *states(folder)[len(damaged) + cfg.keep_resume_states :]]:
         forget(path)  # or a later resume would start from a damaged one
-    return lowest, records[-1][0] if records else None
+    return lowest, records[-1] if records else None
 
 
 def read_log(log, step):
@@ -466,16 +480,46 @@ def remove_checkpoint(cfg, folder, lowest):
 # config.json
 
 
-def start_run(run):
-    """Write runs/<run>/config.json -> the changes since it was first written, [(key, then, now)].
+def refuse_existing(cfg, folder):
+    """Raises InputError if the run exists and is not to be resumed. Collective."""
+    if not cfg.resume and on_process_0((folder / "config.json").exists):
+        stop(
+            f"{folder}: this run exists; --resume=true goes on with it, "
+            "or give --run another name, or delete the folder"
+        )
 
-    An existing run is never overwritten. --resume=true continues it if keys, data, tokenizer and
-    selection are unchanged; --allow_changes=true whatever they are, and config.json says so.
+
+def check(run):
+    """May this run begin, or go on? -> what config.json is to say, the changes since it was written.
+
+    Asked before minutes go into reading weights; nothing is written or removed. The changes are
+    [(key, then, now)]. An existing run is never overwritten: --resume=true continues it if keys,
+    data, tokenizer and selection are unchanged; --allow_changes=true whatever they are, and
+    config.json says so. Raises InputError otherwise. Collective.
     """
     cfg = run.cfg
-    path = run.folder / "config.json"
+    refuse_existing(cfg, run.folder)
     now = describe(run)
-    if cfg.record_every and not on_process_0(path.exists):
+
+    def compare():
+        path = run.folder / "config.json"
+        if not path.exists():
+            return []
+        changes = differences(read_json(path), now, defaults_of(cfg))
+        if changes and not cfg.allow_changes:
+            text = "; ".join(f"{key}: then {then}, now {value}" for key, then, value in changes)
+            raise InputError(
+                f"{run.folder}: not the run it was ({text}); --allow_changes=true goes on all the same"
+            )
+        return changes
+
+    return now, on_process_0(compare)
+
+
+def write_config(run, now, changes):
+    """Write runs/<run>/config.json, or add to it that the run was resumed. Collective."""
+    path = run.folder / "config.json"
+    if run.cfg.record_every and not on_process_0(path.exists):
         # by these a later run of the same student knows that it need not record step 0 again
         now["weights"] = hashes(run.source)
 
@@ -483,19 +527,8 @@ def start_run(run):
         if not path.exists():
             (run.folder / "trajectory").mkdir(exist_ok=True)
             write_json(path, now)
-            return []
-        if not cfg.resume:
-            raise InputError(
-                f"{run.folder}: this run exists; --resume=true goes on with it, "
-                "or give --run another name, or delete the folder"
-            )
+            return
         before = read_json(path)
-        changes = differences(before, now)
-        if changes and not cfg.allow_changes:
-            text = "; ".join(f"{key}: then {then}, now {value}" for key, then, value in changes)
-            raise InputError(
-                f"{run.folder}: not the run it was ({text}); --allow_changes=true goes on all the same"
-            )
         if now["git"] != before.get("git"):
             print(
                 f"the code is not the one that started this run: {before.get('git')}, "
@@ -504,9 +537,8 @@ def start_run(run):
         once = {"command": sys.argv, "git": now["git"], "changes": changes}
         first = {key: before[key] for key in ("command", "git", "weights") if key in before}
         write_json(path, {**now, **first, "resumed": [*before.get("resumed", []), once]})
-        return changes
 
-    return on_process_0(write)
+    on_process_0(write)
 
 
 def describe(run):
@@ -560,15 +592,20 @@ HASHED = {
 }
 
 
-def differences(before, now):
+def defaults_of(cfg):
+    """{key: default} of a Config."""
+    return {key.name: key.default for key in fields(cfg)}
+
+
+def differences(before, now, defaults):
     """[(key, then, now)] of two config.json that would make the resumed run another run.
 
     A key that the older one lacks is new in the code; then its default was in force.
     """
     found = []
     for key, value in now["config"].items():
-        then = before["config"].get(key)
-        if key not in FREE and then != value and not (key not in before["config"] and not value):
+        then = before["config"].get(key, defaults[key])
+        if key not in FREE and then != value:
             found.append((key, then, value))
     for key, label in HASHED.items():
         if key == "weights_sha256" and None in (before.get(key), now.get(key)):
@@ -580,12 +617,12 @@ def differences(before, now):
     return found
 
 
-def records_alike(before, now, of_training):
+def records_alike(before, now, defaults, of_training):
     """Would two runs record the same of theta_0? Names and paths may differ, contents may not.
 
-    of_training: more keys that have no effect on what is recorded.
+    defaults: defaults_of their Config. of_training: more keys that have no effect on what is recorded.
     """
     if before.get("weights") is None or before["weights"] != now.get("weights"):
         return False
     free = OF_UPDATES | {"run", "model", "data", "eval_data", "selection", "the selection's mask"}
-    return all(key in free | of_training for key, _, _ in differences(before, now))
+    return all(key in free | of_training for key, _, _ in differences(before, now, defaults))

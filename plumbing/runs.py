@@ -7,6 +7,8 @@
       trajectory/000020.npz       log-probability of every response token, train accuracy
       selection/t3s/              mask.npy, stats.json, config.json
       eval/                       sampled answers with their grades
+      resume/000020/              all that an update reads: plumbing/resume.py
+      lock                        held while a process trains the run
 
 No torch, because select.py and report.py read runs without a model. Next: plumbing/selection.py.
 """
@@ -26,7 +28,8 @@ from plumbing.config import InputError, read_json
 TEMPLATE = ("template_hash", "template_kwargs", "date")
 # A diffusion student trained on an autoregressive student's selection (or the reverse) inherits
 # only these keys: they describe the experiment. A learning rate that suits one kind of student
-# says nothing about the other.
+# says nothing about the other. Nor do temperature, top_p and top_k, which were found for answers
+# written one token after the other, or for answers written in any order: give them again.
 OF_THE_EXPERIMENT = (
     "data",
     "eval_data",
@@ -38,6 +41,7 @@ OF_THE_EXPERIMENT = (
 )
 NEVER_INHERITED = ("run", "selection", "resume", "allow_changes", "dry_run")
 OF_ONE_CALL = ("resume", "allow_changes", "dry_run")
+RENAMED = {"keep_checkpoints": "keep_resume_states"}  # in the config.json of older runs
 
 
 # -------------------------------------------------------------------------------------------------
@@ -74,7 +78,7 @@ def read_keys(folder, config_class):
 
     Raises InputError for a key that `config_class` does not have.
     """
-    found = run_keys(folder)
+    found = {RENAMED.get(key, key): value for key, value in run_keys(folder).items()}
     unknown = sorted(set(found) - {field.name for field in fields(config_class)})
     if unknown:
         raise InputError(f"{folder / 'config.json'}: unknown key {unknown[0]}")

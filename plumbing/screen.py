@@ -101,7 +101,7 @@ class Progress:
         self.run = run
         self.cfg = run.cfg
         self.started = time.time()
-        self.accuracy = before.accuracy
+        self.latest = before.latest  # (train accuracy, step) of the last record
         self.compiled = None  # blocks that ran compiled in the first step
         self.steps = []  # seconds of each update
         self.records = []  # and of each record
@@ -117,7 +117,9 @@ class Progress:
         some = step % max(1, self.cfg.steps // 20) == 0
         if not (terminal or some or step == self.cfg.steps):
             return
-        accuracy = "-" if self.accuracy is None else f"{self.accuracy:.3f}"
+        accuracy = "-"
+        if self.latest:
+            accuracy = "{:.3f} at step {}".format(*self.latest)
         parts = [
             f"step {step}/{self.cfg.steps}",
             f"loss {done['loss']:.4f}",
@@ -163,7 +165,8 @@ class Progress:
     def record(self, recorded):
         """A recorded checkpoint has a line of its own that stays."""
         self.records.append(recorded["seconds"])
-        self.accuracy = recorded["accuracy"]
+        if recorded["accuracy"] is not None:
+            self.latest = (recorded["accuracy"], recorded["step"])
         names = {
             "accuracy": "train accuracy",
             "eval_accuracy": "accuracy on eval_data",

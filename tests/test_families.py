@@ -220,6 +220,26 @@ def test_sliding_window_counts_only_when_it_is_used(twin, copy):
     refused(folder, "use_sliding_window")
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen3-moe"])
+def test_a_factor_of_another_family_is_refused(twin, copy, name):
+    """transformers ignores it in these families, which is not what the file means; 1 means nothing."""
+    folder = copy(name)
+    edit_config(folder, residual_multiplier=1.0, logits_scaling=None, final_logit_softcapping=None)
+    assert torch.equal(model.load(folder)(some_ids()), model.load(twin(name)[0])(some_ids()))
+    for key, value in (
+        ("residual_multiplier", 0.22),
+        ("attention_multiplier", 1.0),
+        ("embedding_multiplier", 12),
+        ("logits_scaling", 8.0),
+        ("logit_scale", 0.0625),
+        ("attn_logit_softcapping", 50.0),
+        ("ssm_multipliers", [0.5, 1.0]),
+    ):
+        edit_config(folder, **{key: value})
+        refused(folder, key)
+        edit_config(folder, **{key: None})
+
+
 def test_only_weights_configs_and_tokenizers_are_fetched(twin, monkeypatch):
     asked = []
 

@@ -128,6 +128,59 @@ def test_an_existing_run_is_never_written_over(here):
 
 
 
+def test_what_is_refused_is_refused_before_the_weights_are_read(here, monkeypatch):
+    """An existing run, other keys than it had, and a probe whose second pass could not be written."""
+    train.main(run="one", **SHORT | dict(resume_every=-1))
+    before = Path("runs/one/log.jsonl").read_bytes()
+    read = []
+    for name in ("load", "build"):
+        of_model = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda *given, _of=of_model, **more: read.append(given) or _of(*given, **more))
+    with pytest.raises(InputError, match="runs/one: this run exists"):
+        train.main(run="one", **SHORT)
+    with pytest.raises(InputError, match="runs/one: this run exists"):
+        train.main(run="one", probe=1, **SHORT)
+    with pytest.raises(InputError, match=r"runs/one: not the run it was \(lr: then 0.001, now 0.5\)"):
+        train.main(run="one", resume=True, lr=0.5)
+    assert read == [] and not Path("runs/one-probe").exists()
+    assert Path("runs/one/log.jsonl").read_bytes() == before
+    train.main(run="two", **SHORT | dict(steps=1))
+    assert read  # the spy sees what it should
+
+
+
+def test_neither_a_refusal_nor_a_resume_removes_the_users_files(here):
+    """Only what a killed process left half-written goes, and not before the run is known to go on."""
+    train.main(run="one", record_every=4, **SHORT)
+    users = [Path("runs/one") / name for name in (".note", "trajectory/.note", "trajectory/note.txt",
+             "trajectory/.nfs0001.x", "checkpoints/.DS_Store", "resume/.note", ".plan.tmp")]  # fmt: skip
+    left = [Path("runs/one/resume/.000002.tmp"), Path("runs/one/trajectory/.000004.npz.123.tmp"),
+            Path("runs/one/checkpoints/.000004.123.old")]  # fmt: skip
+    for path in users:
+        path.write_text("mine")
+    for path in left:
+        path.mkdir()
+    with pytest.raises(InputError, match="this run exists"):
+        train.main(run="one", **SHORT)
+    with pytest.raises(InputError, match="not the run it was"):
+        train.main(run="one", resume=True, lr=0.5)
+    assert all(path.is_dir() for path in left)
+    train.main(run="one", resume=True)
+    assert all(path.read_text() == "mine" for path in users)
+    assert not any(path.exists() for path in left)
+
+
+
+def test_a_run_without_resume_states_cannot_be_resumed(here):
+    """--resume_every=-1: nothing in resume/; --resume must not begin again and remove what is there."""
+    train.main(run="one", **SHORT | dict(resume_every=-1))
+    assert not Path("runs/one/resume").exists() and Path("runs/one/checkpoints/000004").is_dir()
+    with pytest.raises(InputError, match=r"runs/one: no resume state was kept \(--resume_every=-1\)"):
+        train.main(run="one", resume=True)
+    assert Path("runs/one/checkpoints/000004").is_dir() and len(log("one")) == 4
+
+
+
 def test_what_does_not_belong_together_is_refused(here):
     sft()
     folder = load_select().main(run="sft", rule="all", bottleneck=2, show=0)

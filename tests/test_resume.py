@@ -223,7 +223,7 @@ def test_a_damaged_log_is_refused(here):
 
 def test_so_many_states_are_kept(here):
     assert [p.name for p in resume.states(Path("runs/whole-ar"))] == ["000009", "000008"]
-    train.main(run="more", **KEYS | dict(keep_checkpoints=4, record_every=0, resume_every=1))
+    train.main(run="more", **KEYS | dict(keep_resume_states=4, record_every=0, resume_every=1))
     assert [p.name for p in resume.states(Path("runs/more"))] == ["000009", "000008", "000007", "000006"]
 
 
@@ -289,6 +289,21 @@ def test_another_torch_is_refused(here):
         train.main(run="cut", resume=True)
 
 
+def test_a_key_that_an_older_run_does_not_know_had_its_default(here):
+    """Whatever the default is: 1.0, "free" or 0. Any other value is a change; renamed keys are known."""
+    stop_at(3)
+    saved = read_json("runs/cut/config.json")
+    for key in ("top_p", "eos_rule", "confidence_draws"):
+        del saved["config"][key]
+    saved["config"]["keep_checkpoints"] = saved["config"].pop("keep_resume_states")
+    write_json("runs/cut/config.json", saved)
+    with pytest.raises(InputError, match=r"not the run it was \(top_p: then 1.0, now 0.5\)"):
+        train.main(run="cut", resume=True, top_p=0.5)
+    train.main(run="cut", resume=True)
+    assert read_json("runs/cut/config.json")["resumed"][0]["changes"] == []
+    faults.same("whole-ar", "cut")
+
+
 def test_changes_that_are_allowed_are_written_down(here):
     stop_at(7)
     train.main(run="cut", resume=True, lr=5e-4, micro_batch_size=3, allow_changes=True)
@@ -328,7 +343,7 @@ def test_a_finished_run_that_is_resumed_does_nothing_again(here, monkeypatch):
 
 def test_keys_that_change_no_result_may_change(here):
     stop_at(5)
-    train.main(run="cut", resume=True, micro_batch_size=4, resume_every=3, keep_checkpoints=1)
+    train.main(run="cut", resume=True, micro_batch_size=4, resume_every=3, keep_resume_states=1)
     assert read_json("runs/cut/config.json")["resumed"][0]["changes"] == []
     for a, b in zip(log("whole-ar"), log("cut"), strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5) and a["step"] == b["step"]

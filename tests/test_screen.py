@@ -44,3 +44,15 @@ def test_a_reader_that_goes_away_does_not_stop_the_training(here):
     said = process.stderr.read().decode()
     assert process.wait(timeout=120) == 0 and said == "", said
     assert Path("runs/piped/checkpoints/000009").is_dir()
+
+
+def test_the_status_line_says_of_which_step_the_accuracy_is(capsys):
+    """Of the last record, which a resumed run takes from the log; "-" before there is one."""
+    shown = progress([1.0], [], packing=False, compile=False)
+    shown.latest = None
+    done = {"step": 10, "loss": 0.5, "grad_norm": 1.0, "tokens": 7}
+    shown.step(done, 1e-5, 1.0, {})
+    assert "| accuracy - |" in capsys.readouterr().out
+    shown.record({"step": 4, "accuracy": 0.25, "nll": 1.0, "seconds": 1.0})
+    shown.step(done, 1e-5, 1.0, {})
+    assert "| accuracy 0.250 at step 4 |" in capsys.readouterr().out
