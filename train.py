@@ -193,7 +193,7 @@ def train(run):
                 shown.record(recorded)
                 lowest = keep_lowest(run, recorded, lowest)
 
-            # once in a while: a checkpoint
+            # once in a while: a checkpoint. An interrupted run leaves one, too: --resume removes it
             if step and (last or due(cfg.save_every, step)):
                 save_checkpoint(run, step)
 
@@ -241,6 +241,8 @@ def probe(cfg):
         "save_every": 0,
     }
     main(**{**asdict(cfg), **short, **recording_keys})
+    # an autoregressive student drops its anchors from the loss; a diffusion student's corruption
+    # always masks the yet-to-learn tokens
     kind = "force" if families.read_config(local_folder(cfg.model)).is_diffusion else "keep"
     made = {"run": name, "rule": "t3s", "kind": kind, "bottleneck": str(cfg.probe), "show": 0}
 
@@ -344,6 +346,7 @@ def train_step(cfg, student, optimizer, batches, step):
     the examples at fault, before the weights are touched.
     """
     device = batches[0]["ids"].device
+    # known before any forward pass: each micro-batch's loss is divided by the sum over all of them
     normaliser = all_reduce(sum(batch["count"] for batch in batches), device)
     optimizer.zero_grad(set_to_none=True)
     losses = []
@@ -367,12 +370,14 @@ def train_step(cfg, student, optimizer, batches, step):
     line = {"step": step + 1, "loss": loss, "grad_norm": norm.item()}
     line |= work_done(cfg, batches, device)
     if cfg.compile:
+        # torch falls back to eager code without a word: the log shows from which step on
         line["compiled"] = parallel.compiled_blocks(student)
     return line
 
 
 def at_fault(batches, losses):
     """The rest of the message about a step whose loss is not finite. Collective."""
+    # a process knows the losses of its own micro-batches only
     mine = []
     for batch, loss in zip(batches, losses, strict=True):
         if not math.isfinite(loss):
@@ -393,6 +398,7 @@ def work_done(cfg, batches, device):
         "supervised": total(int((batch["targets"] != -100).sum()) for batch in batches),
         "flops": total(batch["flops"] for batch in batches),
     }
+    # positions of the forward passes, padding and all
     slots = total(batch.get("slots", 0) for batch in batches)
     if slots:  # diffusion batches do not count theirs
         line["padding"] = round(1 - line["tokens"] / slots, 4)
@@ -465,6 +471,7 @@ def resolve(given):
         beta2=(0, below(1)),
         gpu_memory_gib=(above(0), None),
     )
+    # as words, since fifteen lines of key=(1, None) would hide the few bounds that differ
     counts = "steps micro_batch_size samples max_new_tokens sample_batch_size keep_resume_states"
     require(cfg, **dict.fromkeys([*counts.split(), "timeout", "gpus"], (1, None)))
     require(cfg, record_problems=(-1, None), resume_every=(-1, None))
@@ -476,8 +483,8 @@ def resolve(given):
 
 def read_inputs(cfg):
     """All that a run reads, except the weights, checked to belong together -> Run."""
-    # first: from here on an error is said by one process, not by each
     device = parallel.start_processes(cfg)
+    # shape, tokenizer and data are small or mapped from disk; the weights come last, in `begin`
     source = local_folder(cfg.model)
     shape = families.read_config(source)
     tokenizer = load_tokenizer(source)
