@@ -4,7 +4,8 @@ An autoregressive student gives log p(response | prompt) exactly, in one forward
 masked-diffusion student gives a lower bound (arXiv 2502.09992, eq. 6; ML-GSAI/LLaDA,
 get_log_likelihood.py), with x_t the response x_0 of L tokens in which k of them are masked:
 
-    log p(x_0 | prompt)  >=  E over k = 1..L and which k  of  L / k  sum over masked i of  log p(x_0^i | prompt, x_t)
+    log p(x_0 | prompt)  >=  E over k = 1..L and which k  of
+                                 L / k  sum over masked i of  log p(x_0^i | prompt, x_t)
 
 estimated by draws, each with an exact number of masks; the numbers k are stratified over the draws.
 A block model's response is the product of its blocks, each given those before it: the bound is the
@@ -78,8 +79,9 @@ def bound(model, data, examples, draws, seed):
 
 
 def mask_counts(rows, part, level):
-    """Mask k of the L answer tokens of each part of each row -> masked (B, T) bool, factor L / k (B, T).
+    """Mask k of the L answer tokens of each part of each row.
 
+    -> masked (B, T) bool, factor L / k (B, T)
     part (T,) numbers the parts; level (B, parts or more) in [0, 1): k = 1 + floor(L * level).
     """
     masked = np.zeros(rows.ids.shape, dtype=bool)

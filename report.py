@@ -24,6 +24,7 @@ import numpy as np
 import data
 from hf.families import local_folder
 from hf.tokenizer import load_tokenizer
+from intervals import wilson
 from plumbing.config import InputError, command, load_select, read_json, require, whole_file
 from plumbing.runs import load_mask, load_trajectory, records, run_folder, run_keys
 from plumbing.selection import token_texts
@@ -88,12 +89,14 @@ def curves(run):
     problems = len(data.load(keys["eval_data"] if unseen else keys["data"]))
     accuracy = None
     if shown is not None:
-        accuracy = [(float(p), *wilson(float(p), problems)) for p in shown]
+        shares = [float(p) for p in shown]
+        accuracy = [(p, *wilson(p, problems)) for p in shares]
     spread = loss_spread(run, keys["data"])
     nll = []
     for step, value in zip(curve["step"], curve["nll"], strict=True):
+        value = float(value)
         half = spread.get(int(step), 0.0)
-        nll.append((float(value), float(value) - half, float(value) + half))
+        nll.append((value, value - half, value + half))
     steps = [int(step) for step in curve["step"]]
     lists = {"steps": steps, "accuracy": accuracy, "nll": nll}
     return {**lists, "problems": "unseen" if unseen else "train"}
@@ -107,20 +110,16 @@ def loss_spread(run, folder):
         if str(recorded["sha256"]) != train_set.sha256:
             continue
         logprob = recorded["logprob"]
-        sums = np.array([-logprob[a:b].sum(dtype=np.float64) for _, a, b in train_set.spans])
+        parts = [logprob[a:b] for _, a, b in train_set.spans]
+        sums = np.array([-part.sum(dtype=np.float64) for part in parts])
         sizes = train_set.spans[:, 2] - train_set.spans[:, 1]
-        rest = sums - sums.sum() / sizes.sum() * sizes  # what an example has above its share
+        mean = sums.sum() / sizes.sum()
+        rest = sums - mean * sizes  # what an example has above its share
         n = len(rest)
-        error = np.sqrt((rest**2).sum() * n / max(1, n - 1)) / sizes.sum()
+        variance = (rest**2).sum() * n / max(1, n - 1)
+        error = np.sqrt(variance) / sizes.sum()
         found[step] = float(1.96 * error)
     return found
-
-
-def wilson(p, n, z=1.959964):
-    """Wilson's 95 % interval of a share p of n: it has a width at 0 and at 1 too -> (low, high)."""
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def histogram(delta, picked, bins=25):
@@ -170,26 +169,28 @@ def figure(groups, first, path, selection=None):
 def draw_runs(axes, groups, first, selection):
     """The first row -> the bottleneck's step of each run of pass 1."""
     colours = itertools.cycle(COLOURS)
-    for (name, runs), colour in zip(groups.items(), colours, strict=False):
+    for name, runs in groups.items():
+        colour = next(colours)
         recorded = [records(run) for run in runs]
         steps = recorded[0]["step"]
         shown = "eval_accuracy" if "eval_accuracy" in recorded[0] else "accuracy"
-        for axis, key in ((axes[0], shown), (axes[1], "nll")):
+        for axis, key in zip(axes, (shown, "nll"), strict=False):
             if key in recorded[0]:
-                band(axis, steps, np.stack([curve[key] for curve in recorded]), colour, name)
+                values = np.stack([curve[key] for curve in recorded])
+                band(axis, steps, values, colour, name)
     problems = "unseen" if shown == "eval_accuracy" else "train"
     axes[0].set(title=f"accuracy on {problems} problems", xlabel="step", ylim=(0, 1))
     axes[1].set(title="loss: NLL of all the teacher's tokens", xlabel="step")
     axes[1].set(ylabel="nats", ylim=(0, None))
 
-    both = [bifurcation(run, selection) for run in first]
-    names = ((1, "anchors (rose)", COLOURS[3]), (2, "yet-to-learn (fell)", COLOURS[2]))
-    for index, name, colour in names:
-        band(axes[2], both[0][0], np.stack([b[index] for b in both]), colour, name)
+    found = [bifurcation(run, selection) for run in first]
+    steps, anchors, yet_to_learn, lows = zip(*found, strict=True)
+    band(axes[2], steps[0], np.stack(anchors), COLOURS[3], "anchors (rose)")
+    band(axes[2], steps[0], np.stack(yet_to_learn), COLOURS[2], "yet-to-learn (fell)")
     axes[2].axhline(0, color="grey", linewidth=0.8)
     axes[2].set(title="confidence in pass 1, relative to step 0", xlabel="step", ylabel="nats")
     axes[2].set_yscale("symlog", linthresh=0.01)  # yet-to-learn fall little, anchors rise a lot
-    return sorted({b[3] for b in both})
+    return sorted(set(lows))
 
 
 def draw_selection(axes, stats):
@@ -198,17 +199,19 @@ def draw_selection(axes, stats):
         (axes[0], "accuracy", "train accuracy"),
         (axes[1], "label_free", "label-free curve D, nats"),
     ):
-        points = {int(step): value for step, value in stats.get(key, {}).items()}
-        if points and None not in points.values():
-            band(axis, list(points), np.array([list(points.values())]), COLOURS[1], name)
+        points = stats.get(key, {})
+        values = list(points.values())
+        if values and None not in values:
+            steps = [int(step) for step in points]
+            band(axis, steps, np.array([values]), COLOURS[1], name)
         found = stats.get(f"{key}_bottleneck")
         if found is not None:
             axis.axvline(found, color="grey", linestyle="--", label=f"its bottleneck: {found}")
         axis.set(title=f"{name} in pass 1", xlabel="step")
     taus = [row["tau"] for row in stats["tau_sweep"]]
     for key, colour in (("anchors", COLOURS[3]), ("yet_to_learn", COLOURS[2])):
-        share = np.array([[row[key] for row in stats["tau_sweep"]]])
-        band(axes[2], taus, share, colour, key.replace("_", "-"))
+        shares = [row[key] for row in stats["tau_sweep"]]
+        band(axes[2], taus, np.array([shares]), colour, key.replace("_", "-"))
     axes[2].set(title="share of tokens beyond tau", xlabel="tau, nats", ylim=(0, 1))
     axes[2].set_xscale("symlog", linthresh=0.01)
     axes[2].set_xlim(0, None)
@@ -237,7 +240,8 @@ def quantise(values, bits):
     16 bits keep four digits, 8 bits about one and a half: enough for a colour.
     """
     most = 2 ** (bits - 1) - 1
-    scale = np.log1p(np.minimum(np.abs(values), HIGHEST) / LOWEST) / np.log1p(HIGHEST / LOWEST)
+    size = np.minimum(np.abs(values), HIGHEST)
+    scale = np.log1p(size / LOWEST) / np.log1p(HIGHEST / LOWEST)
     return (np.sign(values) * np.rint(scale * most)).astype(f"<i{bits // 8}")
 
 

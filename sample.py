@@ -1,11 +1,11 @@
 """From a prompt to an answer, for both kinds of student.
 
-    python sample.py --model=M --prompt="Why is the sky blue?"      # M: a Hugging Face folder or hub id
-    python sample.py --model=M --chat=true                          # several turns, until Ctrl-D
-    python sample.py --model=M --prompt="The capital of ░░░ is Paris."   # masked diffusion: fill gaps
+    python sample.py --model=M --prompt="Why is the sky blue?"
+    python sample.py --model=M --chat=true                    # several turns, until Ctrl-D
+    python sample.py --model=M --prompt="The capital of ░░░ is Paris."  # diffusion: fill gaps
 
-On a terminal the answer appears while it is being written; into a file or a pipe goes the answer
-alone.
+M is a Hugging Face folder or hub id. On a terminal the answer appears while it is being written;
+into a file or a pipe goes the answer alone.
 
 An autoregressive student writes one token after the other. A masked-diffusion student fills a
 canvas of masks, block by block from left to right, the positions of a block in any order. `sample`
@@ -43,10 +43,10 @@ class Sampling:
     block_length: int = 0  # tokens written together; 0: LLaDA2's own, LLaDA min(32, max_new_tokens)
     denoising_steps: int = 0  # forward passes for max_new_tokens; 0: as many as tokens
     threshold: float = 0.0  # write all whose probability exceeds this; 0: LLaDA2 0.95, LLaDA none
-    remasking: str = "low_confidence"  # order of writing: low_confidence (surest first), random, left_to_right
+    remasking: str = "low_confidence"  # order: low_confidence (surest first), random, left_to_right
     cfg_scale: float = 0.0  # classifier-free guidance, LLaDA only
-    eos_rule: str = "free"  # ends: free, last (after all others of their block), never (end-of-turn only)
-    edit_threshold: float = -1.0  # LLaDA2.1: a token gives way to one whose probability exceeds this
+    eos_rule: str = "free"  # ends: free, last (of their block), never (end-of-turn only)
+    edit_threshold: float = -1.0  # LLaDA2.1: a token gives way to one of probability above this
 
 
 @dataclass
@@ -78,7 +78,7 @@ def sample(
     progress=None,
     finished=None,
 ):
-    """Answer each prompt (a list of ids) -> a list of ids for each, up to and without an end-of-text id.
+    """Answer each prompt (a list of ids) -> ids for each, up to and without an end-of-text id.
 
     sampling     a Sampling; an answer of sampling.max_new_tokens ids was cut off
     example_ids  names of the prompts; default 0, 1, ... What is drawn for a prompt is a pure
@@ -147,7 +147,8 @@ def check_sampling(config, prompts, sampling):
     for number, prompt in enumerate(prompts):
         if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise InputError(
-                f"prompt {number} is empty or has an id outside the vocabulary of {config.vocab_size}"
+                f"prompt {number} is empty or has an id outside the vocabulary of "
+                f"{config.vocab_size}"
             )
 
 
@@ -163,7 +164,7 @@ MASKED_DIFFUSION = (
 
 
 def check_used(configs, sampling):
-    """Raise InputError for a key of masked-diffusion students if all of these are autoregressive."""
+    """Raise InputError for a key of masked-diffusion students if all are autoregressive."""
     if any(config.is_diffusion for config in configs):
         return
     for key in MASKED_DIFFUSION:
@@ -372,22 +373,26 @@ def resolve_decoding(config, prompts, sampling, eos_ids=None, vocab_size=None, a
 
 
 def check_together(config, rule):
-    """Raise InputError for keys that exclude each other, or that this kind of model does not have."""
+    """Raise InputError for keys that exclude each other, or that this model does not have."""
     is_block_model = config.attention == "block"
     if is_block_model and rule.block_length != config.block_length:
-        warn(f"--block_length={rule.block_length}, but this model was trained for {config.block_length}")
+        warn(
+            f"--block_length={rule.block_length}, but this model was trained for "
+            f"{config.block_length}"
+        )
     if is_block_model and rule.cfg_scale:
         raise InputError(f"--cfg_scale={rule.cfg_scale}: only for LLaDA, not for block models")
     about_confidence = {"threshold": rule.threshold > 0, "eos_rule": rule.eos_rule == "last"}
     for key, is_set in about_confidence.items():
         if is_set and rule.remasking != "low_confidence":
             raise InputError(
-                f"--{key}={getattr(rule, key)} and --remasking={rule.remasking} exclude each other: "
-                "in that order confidence plays no part"
+                f"--{key}={getattr(rule, key)} and --remasking={rule.remasking} exclude each "
+                "other: in that order confidence plays no part"
             )
     if not is_block_model and rule.max_new_tokens % rule.block_length:
         raise InputError(
-            f"--block_length={rule.block_length} does not divide --max_new_tokens={rule.max_new_tokens}"
+            f"--block_length={rule.block_length} does not divide "
+            f"--max_new_tokens={rule.max_new_tokens}"
         )
 
 
@@ -397,8 +402,8 @@ def check_room(config, prompts, max_new_tokens):
     for number, prompt in enumerate(prompts):
         if 0 < context < len(prompt) + max_new_tokens:
             raise InputError(
-                f"prompt {number} of {len(prompt)} tokens and --max_new_tokens={max_new_tokens} are "
-                f"longer than the model's context of {context}"
+                f"prompt {number} of {len(prompt)} tokens and --max_new_tokens={max_new_tokens} "
+                f"are longer than the model's context of {context}"
             )
 
 
@@ -447,7 +452,7 @@ def write_in_blocks(
 def fill_gaps(model, texts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None):
     """Infilling: texts (lists of ids) with masks in them -> the same texts, the masks filled.
 
-    Arguments as in `sample`; sampling.max_new_tokens has no effect, nothing is written behind a text.
+    Arguments as in `sample`; sampling.max_new_tokens has no effect: texts grow no longer.
     """
     ids = None
     keys = {"example_ids": example_ids, "eos_ids": eos_ids, "vocab_size": vocab_size}
@@ -478,7 +483,8 @@ def lay_canvas(config, prompts, rule, device, answer=True):
     block = rule.block_length
     room = rule.max_new_tokens if answer else 0
     sizes = [len(prompt) for prompt in prompts]
-    first = [list(p).index(config.mask_token_id) if config.mask_token_id in p else len(p) for p in prompts]
+    mask_id = config.mask_token_id
+    first = [list(p).index(mask_id) if mask_id in p else len(p) for p in prompts]
     lengths = torch.tensor(sizes, device=device)
     starts = torch.tensor(first, device=device)
     ends = lengths + room
@@ -488,14 +494,14 @@ def lay_canvas(config, prompts, rule, device, answer=True):
     blocks = -(-(ends - starts) // block)
     T = int((starts + blocks * block).max())
 
-    behind = config.mask_token_id
-    if not answer:  # a block that reaches behind its text is padded with end-of-text, as in training
+    behind = mask_id
+    if not answer:  # a block that reaches behind its text ends with end-of-text, as in training
         behind = min(end_of_text(config, rule.eos_ids), default=0)
     ids = torch.full((len(prompts), T), behind, device=device)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     within = torch.arange(T, device=device) < ends[:, None]
-    return Canvas(ids, (ids == config.mask_token_id) & within, lengths, starts, ends)
+    return Canvas(ids, (ids == mask_id) & within, lengths, starts, ends)
 
 
 @torch.no_grad()
@@ -510,45 +516,30 @@ def generate(
     use_cache=True,
     answer=True,
 ):
-    """Fill the masks in each prompt (a list of ids) and a canvas of masks behind it; yields after every forward pass
+    """Fill the masks in each prompt (a list of ids) and a canvas of masks behind it.
 
-        canvas (B, T) int64: prompt, answer so far, masks up to the longest row
-        new    (B, T) bool: written in this pass
+    Yields canvas (B, T) int64 after every forward pass: prompt, answer so far, masks up to the
+    longest row; and new (B, T) bool: written in this pass. Arguments as in `sample`; answer False:
+    only the prompts' own masks.
 
     LLaDA (full attention; ML-GSAI/LLaDA, generate.py): the answer is cut into blocks; a pass reads
     the whole canvas and proposes a token for every mask of the block; those with the highest
     confidence stay, by a fixed schedule or, with a threshold, all that exceed it (Fast-dLLM).
     LLaDA2: the blocks are those of the model, counted from position 0; a pass reads the block and a
-    cache of those before it. Arguments as in `sample`; answer False: only the prompts' own masks.
-
-    Confidence is the probability of the proposed token in the softmax of the raw logits, over the
-    whole vocabulary, as in LLaDA's code. (LLaDA2's own takes, at temperatures above 0, that after
-    temperature, top_k and top_p.) A row ends with the block in which an end-of-text token is found;
-    its later masks are never looked at. What is drawn is a function of (seed, example id, block,
-    pass, position): one uniform a token, inverted through the distribution. (LLaDA's float64 argmax
-    of exp(logits) / (-ln u)^temperature draws from the same distribution, with a vocabulary of
-    uniforms for every token.)
+    cache of those before it. A row ends with the block in which an end-of-text token is found.
     """
     config = model.config
-    device = next(model.parameters()).device
     rule = resolve_decoding(config, prompts, sampling, eos_ids, vocab_size, answer)
     if not prompts:
         return
     example_ids = list(range(len(prompts)) if example_ids is None else example_ids)
     block = rule.block_length
+    device = next(model.parameters()).device
     canvas = lay_canvas(config, prompts, rule, device, answer)
-
-    cache = None
-    if use_cache and config.attention == "block":
-        cache = Cache(config, len(prompts), canvas.ids.shape[1])
-        if canvas.starts.max() > 0:
-            # behind a shorter prompt this writes masks, overwritten before anything sees them
-            before = canvas.ids[:, : canvas.starts.max()]
-            at = torch.arange(before.shape[1], device=device)[None]
-            sight = block_sight(config, at, block)
-            model(before, cache=cache, attention=sight, logits_at=torch.zeros_like(canvas.lengths))
+    cached = use_cache and config.attention == "block"
+    cache = cache_before(model, canvas, block) if cached else None
     rows = (canvas.starts < canvas.ends).nonzero().squeeze(1)  # which are not finished
-    if cache is not None and len(rows) < len(prompts):
+    if cache and len(rows) < len(prompts):
         cache.keep_rows(rows)
     number = 0  # which block of theirs
     while len(rows):
@@ -559,23 +550,46 @@ def generate(
             new = torch.zeros_like(canvas.holes)
             new[rows[:, None], span] = written
             yield canvas.ids.clone(), new
-        ids = canvas.ids[rows[:, None], span]
-        is_answer = span >= canvas.lengths[rows, None]
-        ended = is_in(ids, rule.eos_ids) & is_answer
-        left = ~ended.any(1) & (span[:, -1] + 1 < canvas.ends[rows])
-        if cache is not None and left.any():
-            if not left.all():
-                cache.keep_rows(left)
-            # keys and values made while there were masks are not those of the text: once more
-            at_first = torch.zeros_like(rows[left])
-            sight = block_sight(config, span[left], block)
-            model(ids[left], positions=span[left], cache=cache, attention=sight, logits_at=at_first)
+        left = unfinished_rows(canvas, rows, span, rule)  # (b,) bool
+        if cache and left.any():
+            cache_block(model, canvas, rows, span, block, left, cache)
         rows = rows[left]
         number += 1
 
 
+def unfinished_rows(canvas, rows, span, rule):
+    """After a block: whose answer neither ended in it nor has come to the row's end, (b,) bool."""
+    ids = canvas.ids[rows[:, None], span]
+    is_answer = span >= canvas.lengths[rows, None]  # an end in the prompt ends nothing
+    ended = is_in(ids, rule.eos_ids) & is_answer
+    return ~ended.any(1) & (span[:, -1] + 1 < canvas.ends[rows])
+
+
+def cache_before(model, canvas, block):
+    """A Cache of what lies before the first block with a mask in it."""
+    cache = Cache(model.config, *canvas.ids.shape)
+    if canvas.starts.max() > 0:
+        # behind a shorter prompt this writes masks, overwritten before anything sees them
+        before = canvas.ids[:, : canvas.starts.max()]
+        at = torch.arange(before.shape[1], device=before.device)[None]
+        sight = block_sight(model.config, at, block)
+        model(before, cache=cache, attention=sight, logits_at=torch.zeros_like(canvas.lengths))
+    return cache
+
+
+def cache_block(model, canvas, rows, span, block, left, cache):
+    """Put a finished block into the cache, of those rows that are left, and drop the others."""
+    if not left.all():
+        cache.keep_rows(left)
+    # keys and values made while there were masks are not those of the text: once more
+    ids = canvas.ids[rows[left, None], span[left]]
+    at_first = torch.zeros_like(rows[left])
+    sight = block_sight(model.config, span[left], block)
+    model(ids, positions=span[left], cache=cache, attention=sight, logits_at=at_first)
+
+
 def denoise(model, canvas, rows, span, rule, noise_keys, cache):
-    """Fill one block of the rows in place; yields what was written after every forward pass, (b, block) bool.
+    """Fill one block of the rows in place; yields (b, block) bool, what every forward pass wrote.
 
     rows (b,) of the canvas and span (b, block): where their block lies. With an edit threshold,
     written tokens are replaced as well, also for some passes after the last mask is gone
@@ -618,7 +632,10 @@ def denoise(model, canvas, rows, span, rule, noise_keys, cache):
 
 
 def draws(noise_keys, step, span):
-    """Two uniforms for each position of the block, (b, block) each: for its token, and for a random order."""
+    """Uniforms of each position of the block, (b, block) each: for its token, for an order."""
+    # a function of (seed, example id, block, pass, position), so batches do not matter. One uniform
+    # a token, inverted through the distribution: LLaDA's float64 argmax of exp(logits) /
+    # (-ln u)^temperature draws from the same one, with a vocabulary of uniforms for every token
     n = span.shape[1]
     u = np.stack([uniforms(f"{key} {step}", example, 2 * n) for key, example in noise_keys])
     return torch.from_numpy(u).to(span.device).chunk(2, dim=1)
@@ -641,29 +658,31 @@ def predict(model, canvas, rows, span, rule, cache):
         return model(ids, attention="full" if seen.all() else seen, logits_at=span)
     # classifier-free guidance: away from what the model would write without the prompt
     blank = torch.where(at < canvas.lengths[rows, None], config.mask_token_id, ids)
-    both = model(torch.cat([ids, blank]), attention=seen.repeat(2, 1, 1, 1), logits_at=span.repeat(2, 1))
+    seen = seen.repeat(2, 1, 1, 1)
+    both = model(torch.cat([ids, blank]), attention=seen, logits_at=span.repeat(2, 1))
     conditional, unconditional = both.chunk(2)
     return unconditional + (rule.cfg_scale + 1) * (conditional - unconditional)
 
 
 def block_sight(config, positions, block):
-    """Attention of queries at `positions` (B, T) to all keys up to the last; None: the model's own blocks."""
+    """Attention of queries at `positions` (B, T) to all keys up to the last, by blocks."""
     if block == config.block_length:
-        return None
+        return None  # the model does that by itself
     keys = torch.arange(int(positions.max()) + 1, device=positions.device)[None]
     return attention_mask("block", positions, keys, block)
 
 
 def propose(logits, u, rule, config):
-    """logits (N, V), uniforms (N,) -> a token for each position, and its confidence, both (N,); all in float64.
+    """logits (N, V), uniforms (N,) -> a token for each position and its confidence, (N,) each.
 
-    As in LLaDA's code, confidence is the probability among all ids, although the mask and what only
-    pads the vocabulary cannot be proposed. eos_rule never: end-of-text is not among them (its
-    logits_eos_inf). last: what ends an answer may be proposed, but leaves the softmax of the
-    confidence, in which the others share its part, and has confidence 0 (confidence_eos_eot_inf,
-    as it was meant: LLaDA#137).
+    As in LLaDA's code, confidence is the probability in the softmax of the raw logits among all
+    ids, although the mask and what only pads the vocabulary cannot be proposed. (LLaDA2's own
+    takes, at temperatures above 0, that after temperature, top_k and top_p.) eos_rule never:
+    end-of-text is not among them (its logits_eos_inf). last: what ends an answer may be proposed, but leaves
+    the softmax of the confidence, in which the others share its part, and has confidence 0
+    (confidence_eos_eot_inf, as it was meant: LLaDA#137).
     """
-    logits = logits.double()
+    logits = logits.double()  # as LLaDA's code: in float32 near ties would turn
     if rule.eos_rule == "never":
         never = end_of_text(config, rule.eos_ids)
         logits[:, [i for i in never if i < logits.shape[1]]] = -torch.inf
@@ -704,7 +723,7 @@ def is_in(ids, some):
 
 
 def main(**given):
-    """Answer one prompt -> the answer's text. With --chat=true, one turn after the other until the input ends.
+    """Answer one prompt -> the answer's text. With --chat=true, turn by turn until the input ends.
 
     Raises InputError for whatever cannot work, before weights are read where that can be known.
     """
@@ -712,14 +731,19 @@ def main(**given):
     if not cfg.model:
         raise InputError("--model is missing (--help lists the keys)")
     if not cfg.prompt and not cfg.chat:
-        raise InputError("--prompt is missing (--help lists the keys); --chat=true asks for one turn after the other")
+        raise InputError(
+            "--prompt is missing (--help lists the keys); "
+            "--chat=true asks for one turn after the other"
+        )
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     folder = local_folder(at_revision(cfg.model, cfg.revision))
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     if cfg.chat and not tokenizer.template:
-        raise InputError(f"{folder}: no chat template, so there is no --chat=true; ask with --prompt")
+        raise InputError(
+            f"{folder}: no chat template, so there is no --chat=true; ask with --prompt"
+        )
     check_used([config], cfg)
     if config.is_diffusion:
         resolve_decoding(config, [], cfg)
@@ -763,7 +787,7 @@ def next_line():
 
 
 def speak(student, tokenizer, turns, cfg):
-    """Answer the last of the turns, showing the answer while it is written if this is a terminal -> its text."""
+    """Answer the last of the turns -> its text; a terminal shows it while it is being written."""
     prompt = tokenizer.encode_prompt(turns)
     known = ends_and_size(student, tokenizer)
     terminal = sys.stdout.isatty()
@@ -794,8 +818,8 @@ def fill_in(student, tokenizer, text, cfg):
     config = student.config
     if not config.is_diffusion:
         raise InputError(
-            f"--prompt has a {cfg.mask_word} in it, and {config.model_type} is autoregressive: only "
-            "masked-diffusion students fill gaps (--mask_word= takes it for text)"
+            f"--prompt has a {cfg.mask_word} in it, and {config.model_type} is autoregressive: "
+            "only masked-diffusion students fill gaps (--mask_word= takes it for text)"
         )
     ids = [tokenizer.bos_token_id] * tokenizer.adds_bos
     for number, part in enumerate(text.split(cfg.mask_word)):
@@ -818,7 +842,8 @@ def stream(student, tokenizer, prompt, cfg, known):
     def show(row, token):
         nonlocal shown
         ids.append(token)
-        text = tokenizer.decode(ids).rstrip("\ufffd")  # the rest of a character may come with the next token
+        # the rest of a character may come with the next token
+        text = tokenizer.decode(ids).rstrip("\ufffd")
         print(printable(text[len(shown) :]), end="", flush=True)
         shown = text
 
@@ -850,7 +875,8 @@ def draw(student, tokenizer, prompt, cfg, known, answer=True):
         written = len(ids)
     else:
         ids = ids[: len(prompt)]
-    print(f"{printable(tokenizer.decode(ids))}\n({written} tokens, {passes} forward passes)", flush=True)
+    print(printable(tokenizer.decode(ids)))
+    print(f"({written} tokens, {passes} forward passes)", flush=True)
     return ids
 
 

@@ -67,8 +67,10 @@ def find_bottleneck(curve, smooth=0, what="train accuracy"):
             "train with --record_every"
         )
     steps = sorted(curve)
+    # an accuracy of few problems is noisy, and the lowest of noisy points is often mere bad luck
     values = smoothed([curve[step] for step in steps], smooth)
     lowest = int(values.argmin())
+    # without a fall, theta_b would be theta_0 and every delta 0; written so that nan is refused too
     if not values[lowest] < values[0]:
         raise InputError(
             f"{what} never fell below the {values[0]:.3f} of step 0: there is no bottleneck "
@@ -80,15 +82,18 @@ def find_bottleneck(curve, smooth=0, what="train accuracy"):
 def falls(trajectory, response, spans):
     """How far the falling tokens have fallen: {step: (examples,) nats, summed over each response}.
 
-    Per response token that is the label-free curve, from which a bottleneck can be read without
-    answers, verifier or sampling. It is not in the paper; docs/LOG.md compares the two.
+    Per response token that is the label-free curve:
 
         D_s = mean over response tokens of min(0, c_t(theta_s) - c_t(theta_0))
     """
+    # Not in the paper, which needs answers, a verifier and sampling to find its bottleneck. The
+    # recorded confidences are there in any case; docs/LOG.md compares the two.
     start = confidence(trajectory, 0, response)
     fallen = {}
     for step in trajectory:
         change = confidence(trajectory, step, response) - start
+        # min(0, .): a mean of all changes would hide the fall, since anchors rise by more than the
+        # others fall. One sum per example, because examples are what the bootstrap draws
         fallen[step] = np.add.reduceat(np.minimum(0, change), spans[:, 0])
     return fallen
 
@@ -96,10 +101,10 @@ def falls(trajectory, response, spans):
 def find_label_free_bottleneck(curve, smooth=0):
     """{step: D_s} -> the step where it is lowest; ties go to the earliest.
 
-    Some token loses in every training, so D always falls, and only a curve that turns has passed a
-    bottleneck: raises InputError if nothing fell, or if the last recorded step is the lowest.
+    Raises InputError if nothing fell, or if the last recorded step is the lowest.
     """
     lowest = find_bottleneck(curve, smooth, "confidence")
+    # some token loses in every training, so D always falls: only a curve that turns has passed one
     if lowest == max(curve):
         raise InputError(
             f"confidence was still falling at step {lowest}, the last one recorded: no bottleneck "
@@ -119,6 +124,9 @@ def find_label_free_bottleneck(curve, smooth=0):
 #   spans  (examples, 2) first and last + 1 of each example's response in these arrays
 #   rng    numpy generator, seeded with --seed
 #
+# A control asks: is it these tokens, or would as many others do? So each but dft takes as many as
+# T3S does (`moved.sum()`), and differs in nothing but the choice.
+#
 # A new rule is a function and its line in RULES, for both kinds of student: a weight of 0.3 on the
 # anchors is `np.where(moved, 0.3, 1.0)`. What else a rule may ask for, by name after a *:
 #
@@ -130,11 +138,13 @@ def find_label_free_bottleneck(curve, smooth=0):
 
 def t3s(moved, start, spans, rng):
     """Paper, 4.1: all imitation anchors leave the loss; all yet-to-learn tokens are masked."""
+    # why the two groups apart: their gradients oppose each other, and the anchors' dominate early
     return moved
 
 
 def random(moved, start, spans, rng):
     """Control: as many tokens of each example as T3S takes there."""
+    # shuffled within the example, or a control would also change how much each example counts
     return np.concatenate([rng.permutation(moved[a:b]) for a, b in spans])
 
 
@@ -144,7 +154,8 @@ def random_file(moved, start, spans, rng):
 
 
 def static_high(moved, start, spans, rng):
-    """Control: as many tokens, the most confident ones at step 0. Does it take a training run?"""
+    """Control: as many tokens, the most confident ones at step 0."""
+    # if this did as well, pass 1 and its trajectory could be saved: one forward pass is enough
     return highest(start, moved.sum())
 
 
@@ -154,7 +165,8 @@ def static_low(moved, start, spans, rng):
 
 
 def matched_random(moved, start, spans, rng, *, ids):
-    """Control: the same token identities as T3S takes, at other positions. Is it the word alone?"""
+    """Control: the same token identities as T3S takes, at other positions."""
+    # anchors are often connectives: if this did as well, a list of words could replace the method
     chosen = np.zeros_like(moved)
     for token in np.unique(ids):
         places = np.flatnonzero(ids == token)
@@ -163,7 +175,8 @@ def matched_random(moved, start, spans, rng, *, ids):
 
 
 def retrospective(moved, start, spans, rng, *, gain):
-    """Control: as many tokens from the other end of T3S's ranking; ssToken keeps what rose."""
+    """Control: as many tokens from the other end of T3S's ranking."""
+    # ssToken keeps what rose: the same signal with the opposite sign
     return highest(-gain, moved.sum())
 
 
@@ -188,7 +201,8 @@ def entropy_low(moved, start, spans, rng, *, entropy):
 
 
 def dft(moved, start, spans, rng):
-    """Control: weight = probability at step 0; DFT's (2508.05629) follows the student instead."""
+    """Control: weight = probability at step 0, after DFT (arXiv 2508.05629)."""
+    # DFT's own weight follows the student as it learns; a mask on disk can only hold the start
     return np.exp(start).astype(np.float32)
 
 
@@ -215,17 +229,20 @@ def choose(rule, kind, delta, start, spans, tau=0.0, seed=0, **recorded):
     delta     (n,) change of confidence from step 0 to the bottleneck, nats
     recorded  ids, entropy: what some rules ask for
 
-    `all` selects every token; `inverse` the imitation anchors and only them, which as a keep rule
-    has the sign of ssToken's retrospective excess. The others are RULES.
+    `all` selects every token; `inverse` the imitation anchors and only them. The others are RULES.
     """
+    # tokens within tau either side belong to neither: they stay in the loss, and are not forced
     rose, fell = delta > tau, delta < -tau  # imitation anchors, yet-to-learn tokens
+    # the paper's counter-test: a student trained on nothing but anchors collapses
     if rule == "inverse":
         return rose
+    # as a keep rule this is pass 1 again, bit for bit: so a selection changes nothing else
     if rule == "all":
         return np.ones(len(delta), dtype=bool)
     if rule not in RULES:
         raise InputError(f"--rule={rule}: must be {', '.join([*RULES, 'inverse', 'all', 'rrt'])}")
     recorded |= {"gain": delta if kind == "keep" else -delta, "low": start + delta}
+    # a rule is handed what its signature names and no more, so a new one changes no other
     more = {name: recorded[name] for name in asked_for(rule, recorded)}
     rng = np.random.default_rng(seed)
     moved = RULES[rule](rose if kind == "keep" else fell, start, spans, rng, **more)
@@ -236,6 +253,7 @@ def choose(rule, kind, delta, start, spans, tau=0.0, seed=0, **recorded):
             f"--rule={rule}: must return bool or floats, one per response token; "
             f"it returned {moved.dtype} of shape {moved.shape}"
         )
+    # the one place that knows the polarity: what a rule takes leaves the loss (keep), or is masked
     return ~moved if kind == "keep" else moved
 
 
@@ -252,6 +270,7 @@ def asked_for(rule, recorded):
 def highest(score, count):
     """(n,) -> (n,) bool, the `count` highest scores; ties go to the earliest."""
     chosen = np.zeros(len(score), dtype=bool)
+    # stable, so that ties (sure tokens have exactly 0 nats) fall alike on every machine
     chosen[np.argsort(-score, kind="stable")[:count]] = True
     return chosen
 
@@ -259,6 +278,7 @@ def highest(score, count):
 def tau_of_share(delta, share, kind):
     """The tau >= 0 whose share of anchors (keep) or yet-to-learn tokens (force) is nearest."""
     size = np.sort(delta if kind == "keep" else -delta)[::-1]  # tokens with size > tau are taken
+    # a larger share would need a tau below 0, hence anchors whose confidence fell
     reachable = float((size > 0).mean())
     if not 0 < share <= reachable:
         raise InputError(
@@ -304,11 +324,12 @@ def main(**given):
     response, spans = train_set.response_mask(), response_spans(train_set)
     curves = bottleneck_curves(trajectory, response, spans, cfg.smooth)
     step = pick_bottleneck(cfg, curves)
-    if cfg.rule == "rrt":
+    if cfg.rule == "rrt":  # it moves weights, not tokens: there is nothing to select
         return selection.write_rrt(home, trained, step, out)
 
     start = confidence(trajectory, 0, response)
     delta = confidence(trajectory, step, response) - start
+    # tau is in nats and its effect differs from student to student; a share can be compared
     tau = tau_of_share(delta, cfg.share, cfg.kind) if cfg.share else cfg.tau
     recorded = {"ids": train_set.tokens[response]}
     if "entropy" in trajectory[step]:
@@ -320,6 +341,7 @@ def main(**given):
         )
     if cfg.kind == "force" and picked.dtype != bool:
         raise InputError(f"--rule={cfg.rule}: gives weights, which only --kind=keep can use")
+    # over all tokens of the data, prompts too (0), so that a batch can slice it with the same spans
     mask = np.zeros(len(train_set.tokens), dtype=picked.dtype)
     mask[response] = picked
 
@@ -329,6 +351,7 @@ def main(**given):
     origin = {"model": trained["model"], "sha256": train_set.sha256, "command": sys.argv}
     made = {**asdict(cfg), **found, **origin, "tokenizer_hash": tokenizer.hash}
     made |= {key: train_set.meta.get(key) for key in TEMPLATE}
+    # all files or none: a mask without its config.json could be trained on by mistake
     with whole_folder(out) as aside:
         np.save(aside / "mask.npy", mask)
         write_json(aside / "stats.json", stats)
@@ -354,6 +377,7 @@ def resolve(given):
     cfg.bottleneck = str(cfg.bottleneck)  # a notebook may well pass a number
     home = run_folder(cfg.run)
     name = cfg.name or cfg.rule + (f"-for-{Path(cfg.student).name}" if cfg.student else "")
+    # it is joined to a path, and whatever lies there is replaced
     if Path(name).name != name or name == "..":
         raise InputError(f"--name={name}: must be a plain name, of a folder in {home}/selection")
     return cfg, home, home / "selection" / name
@@ -367,6 +391,7 @@ def response_spans(train_set):
 
 def confidence(trajectory, step, response):
     """c_t(theta_step) of the response tokens: (n,) float64, nats."""
+    # stored as float32, which is plenty; but sums over a whole file are taken of these
     return trajectory[step]["logprob"][response].astype(np.float64)
 
 
@@ -375,12 +400,14 @@ def bottleneck_curves(trajectory, response, spans, smooth):
 
     null where no accuracy was recorded (data without answers), or where there is no bottleneck.
     """
+    # both, whichever was asked for: they are free once recorded, and their agreement is evidence
     accuracy = {step: float(t["accuracy"]) for step, t in trajectory.items()}
     bootstrap = None
     if np.isnan(list(accuracy.values())).any():
-        accuracy = dict.fromkeys(accuracy)
+        accuracy = dict.fromkeys(accuracy)  # null: JSON has no nan
     else:
-        graded = ~np.isnan([t["correct"] for t in trajectory.values()]).any(0)  # --record_problems
+        # --record_problems grades some problems only
+        graded = ~np.isnan([t["correct"] for t in trajectory.values()]).any(0)
         correct = {step: t["correct"][graded] for step, t in trajectory.items()}
         bootstrap = bootstrap_bottleneck(correct, smooth=smooth)
     fallen = falls(trajectory, response, spans)
@@ -397,8 +424,8 @@ def bottleneck_curves(trajectory, response, spans, smooth):
 
 
 def or_none(find, curve, smooth):
-    """That a curve has no bottleneck is an error only if this curve was asked for."""
-    try:
+    """What `find` says of a curve, or None if there is no bottleneck."""
+    try:  # an error only if this curve was asked for, and then pick_bottleneck raises it
         return find(curve, smooth)
     except InputError:
         return None
