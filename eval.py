@@ -16,7 +16,7 @@ there are not sampled again: after a kill the same command goes on, and --sample
 
 Here: evaluate (a model and problems -> graded answers), where answers come from, the command. How
 an answer is sampled is in sample.py, how it is graded in verify.py, intervals are in intervals.py.
-Next: data.py.
+Next: likelihood.py.
 """
 
 import csv

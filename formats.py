@@ -15,7 +15,7 @@ silence:
     honoured or refused   what means something (tools, system, weight, images) is used or refused;
                           --ignore=KEY,... leaves it out on purpose. Other columns are listed once
 
-Next: toy.py.
+Next: collect.py.
 """
 
 import re

@@ -4,7 +4,7 @@
     Server("http://localhost:8000/v1").complete(body)   one request, tried again until it succeeds
 
 An answer is {"id", "sample", "response", "truncated", "n_tokens"}; n_tokens is None where nobody counted.
-Standard library only. Next: memory.py.
+Standard library only. Next: plumbing/parallel.py.
 """
 
 import hashlib

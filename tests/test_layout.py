@@ -1,6 +1,7 @@
 """The shelves of the repository: who may import whom; no circles."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -58,3 +59,15 @@ def test_no_circle_of_imports():
 def test_a_circle_would_be_found(tmp_path):
     (tmp_path / "a.py").write_text("def f():\n    from b import c\n")
     assert imports(tmp_path / "a.py", {"a": 0, "b": 0}) == {"b"}
+
+
+def test_the_next_lines_are_one_path_from_select_to_the_end():
+    files = {str(path.relative_to(ROOT)): path for path in modules().values()}
+    path, at = [], "select.py"
+    while at:
+        assert at in files and at not in path, f"{path[-1:]} leads to {at}"
+        path.append(at)
+        found = re.search(r"Next:\s+([\w/]+\.py)", files[at].read_text(encoding="utf-8"))
+        at = found and found[1]
+    assert path[-1] == "plumbing/memory.py"
+    assert set(files) - set(path) == {f"{shelf}/__init__.py" for shelf in SHELVES}
