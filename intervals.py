@@ -35,10 +35,13 @@ def accuracy(right):
 
 def wilson(p, n):
     """Wilson's score interval (1927) of a share p among n independent answers -> (low, high)."""
-    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    # p lies in its own interval, whatever rounding says
-    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
+    scale = 1 + Z * Z / n
+    centre = (p + Z * Z / (2 * n)) / scale
+    variance = p * (1 - p) / n + Z * Z / (4 * n * n)
+    half = Z / scale * math.sqrt(variance)
+    low = max(0.0, centre - half)
+    high = min(1.0, centre + half)
+    return min(p, low), max(p, high)  # p lies in its own interval, whatever rounding says
 
 
 def effective_size(right):
@@ -59,10 +62,14 @@ def effective_size(right):
     groups = len(sizes)
     total = sizes.sum()
     grand = (sizes * means).sum() / total
-    between = (sizes * (means - grand) ** 2).sum() / (groups - 1)
-    within = (sizes * means * (1 - means)).sum() / (total - groups)
+    # mean squares between and within problems, as in a one-way analysis of variance
+    apart = sizes * (means - grand) ** 2
+    between = apart.sum() / (groups - 1)
+    inside = sizes * means * (1 - means)
+    within = inside.sum() / (total - groups)
     # the size of a group, if they are of several sizes
-    m = (total - (sizes**2).sum() / total) / (groups - 1)
+    uneven = (sizes**2).sum() / total
+    m = (total - uneven) / (groups - 1)
     r = (between - within) / (between + (m - 1) * within)
     r = min(1.0, max(0.0, r))
     return float(problems * m / (1 + (m - 1) * r))
@@ -142,11 +149,14 @@ def paired(first, second):
     n = len(values)
     step = 1 / math.sqrt(answers / n)
     mean = values.sum() / (n + 2)
-    spread = ((values**2).sum() + 2 * step**2) / (n + 2) - mean**2
+    squares = (values**2).sum() + 2 * step**2
+    spread = squares / (n + 2) - mean**2
     half = Z * math.sqrt(spread / (n + 2))
     difference = float(values.mean())
-    interval = (max(-1.0, min(difference, mean - half)), min(1.0, max(difference, mean + half)))
-    return difference, interval, sign_flip_p(differences)
+    # the difference lies in its own interval, and no share differs by more than 1
+    low = min(difference, mean - half)
+    high = max(difference, mean + half)
+    return difference, (max(-1.0, low), min(1.0, high)), sign_flip_p(differences)
 
 
 def sign_flip_p(differences):
@@ -168,10 +178,13 @@ def sign_flip_p(differences):
     chance[reach] = 1.0
     for step in steps:
         # steps only ever add up to `reach`, so nothing is rolled over the edge
-        chance = (np.roll(chance, step) + np.roll(chance, -step)) / 2
+        up = np.roll(chance, step)
+        down = np.roll(chance, -step)
+        chance = (up + down) / 2
     seen = abs(int(total * unit))
-    tails = chance[: reach - seen + 1].sum() + chance[reach + seen :].sum()
-    return float(min(1.0, tails))
+    below = chance[: reach - seen + 1].sum()
+    above = chance[reach + seen :].sum()
+    return float(min(1.0, below + above))
 
 
 def sampled_p(sizes, seen, draws=20_000):
