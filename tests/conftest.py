@@ -4,6 +4,7 @@ worlds.py says how a test file shapes its world.
 """
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,10 @@ def toy_runs(toy_world, tmp_path, monkeypatch):
         for step in (2, 4):
             shutil.copytree(student, Path("runs") / run / f"checkpoints/{step:06d}")
     return tmp_path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard():
+    """A shell starts background jobs with SIGINT ignored, and every child of the tests would inherit that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
