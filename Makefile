@@ -10,7 +10,7 @@ demo: .venv/ready
 
 test: .venv/ready-dev
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist worksteal
 
 bench: .venv/ready-dev
 	.venv/bin/python tests/bench.py

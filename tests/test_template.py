@@ -76,7 +76,7 @@ def test_prompt_and_response_together_begin_the_full_rendering(tmp_path, templat
         assert ours.decode(ours.encode_response(response)) == full[len(prompt) :].rstrip("\n")
 
 
-@pytest.mark.parametrize("name", TEMPLATES.keys() - {"tojson", "deepseek"})
+@pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"tojson", "deepseek"}))
 def test_a_plain_text_is_learnt_verbatim_under_every_template(tmp_path, name):
     ours = chat_tokenizer(tmp_path, TEMPLATES[name])
     for content in ("2", " 2 ", "<think>a</think>b", "<think>\n\n</think>\n\nx\n", "a\n\nb", "assistant", "é</s>"[:1]):
