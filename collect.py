@@ -28,7 +28,8 @@ from model import load
 from plumbing.config import InputError, above, command, read_json, require, whole_file, write_json
 from plumbing.engine import Server, ask_all, read_samples, seed_of
 from plumbing.parallel import pick_device, pick_dtype
-from sample import Sampling, sample
+from sample import ends_and_size, sample
+from sampling import Sampling
 from verify import VERIFIERS, judge, opens_thoughts, unmatchable
 
 
@@ -171,7 +172,9 @@ def main(**given):
     right = {}
     verdicts = {}
     for teacher, path in files.items():
-        right[teacher], verdicts[teacher] = grade_teacher(prompts, read_samples(path, known), cfg.verifier)
+        right[teacher], verdicts[teacher] = grade_teacher(
+            prompts, read_samples(path, known), cfg.verifier
+        )
     drawn = draw(prompts, right, cfg.seed)
     made = report(prompts, verdicts, drawn)
     for line in made["lines"]:
@@ -216,7 +219,9 @@ def teachers(cfg):
         name, _, path = text.rpartition("=")
         name = name or Path(path).stem
         if name in files:
-            raise InputError(f"--samples_from: {name} is named twice; name the teachers with NAME=FILE")
+            raise InputError(
+                f"--samples_from: {name} is named twice; name the teachers with NAME=FILE"
+            )
         files[name] = path
     return files
 
@@ -227,10 +232,14 @@ def ask_teacher(cfg, prompts, path):
     Answers that are in the file are not asked for again; it is refused if it was sampled otherwise.
     """
     keys = [field.name for field in fields(Sampling)]
-    settings = {key: getattr(cfg, key) for key in keys} | {"teacher": cfg.model or f"{cfg.server} {cfg.served}"}
+    settings = {key: getattr(cfg, key) for key in keys} | {
+        "teacher": cfg.model or f"{cfg.server} {cfg.served}"
+    }
     note = path.with_suffix(".json")
     if path.exists() and note.exists() and read_json(note) != settings:
-        raise InputError(f"{path}: was sampled with other keys ({note}); name another --out, or remove it")
+        raise InputError(
+            f"{path}: was sampled with other keys ({note}); name another --out, or remove it"
+        )
     lines = []
     if path.exists():
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -239,7 +248,9 @@ def ask_teacher(cfg, prompts, path):
         aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     write_json(note, settings)
     done = {(row["id"], row["sample"]) for row in map(json.loads, lines)}
-    asked = [(prompt, k) for prompt in prompts for k in range(cfg.samples) if (prompt.id, k) not in done]
+    asked = [
+        (prompt, k) for prompt in prompts for k in range(cfg.samples) if (prompt.id, k) not in done
+    ]
     if done:
         print(f"{path}: {len(done)} answers were there already, {len(asked)} are missing")
     with open(path, "a", encoding="utf-8") as file:
@@ -282,7 +293,9 @@ def ask_model(cfg, asked, keep):
     def finished(number, answer):
         prompt, k = asked[number]
         text = tokenizer.decode(answer)
-        if opens_thoughts(tokenizer.decode(ids[number][-9:])):  # the trace begins where the thoughts do
+        if opens_thoughts(
+            tokenizer.decode(ids[number][-9:])
+        ):  # the trace begins where the thoughts do
             text = "<think>\n" + text
         row = {"id": prompt.id, "sample": k, "response": text}
         keep(row | {"truncated": len(answer) == cfg.max_new_tokens, "n_tokens": len(answer)})
@@ -292,10 +305,9 @@ def ask_model(cfg, asked, keep):
         ids,
         cfg,
         example_ids=[f"{prompt.id} {k}" for prompt, k in asked],
-        eos_ids={*teacher.config.eos_token_ids, tokenizer.eos_token_id, tokenizer.end_of_turn_id},
-        vocab_size=tokenizer.vocab_size,
         batch_size=cfg.batch_size,
         finished=finished,
+        **ends_and_size(teacher, tokenizer),
     )
 
 

@@ -11,7 +11,7 @@ The objectives are LLaDA's and LLaDA2's. T3S changes the corruption in two ways:
 fell (yet-to-learn) are masked more often than the others, as in the paper; or those that rose (the
 anchors) leave the loss, which is not in the paper.
 
-Shapes: B rows, T tokens of a row. Arrays are numpy's until the model reads them. Next: sample.py.
+Shapes: B rows, T tokens of a row. Arrays are numpy's until the model reads them. Next: sampling.py.
 """
 
 from dataclasses import asdict, dataclass

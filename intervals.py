@@ -117,6 +117,24 @@ def majority(votes):
     return float(np.mean(shares))
 
 
+def grades_by_problem(rows, twins=None):
+    """{problem id: is each of its answers right}. twins: {id: the id of an equal problem}, whose
+    answers count as answers to one problem."""
+    right = {}
+    for row in rows:
+        name = (twins or {}).get(row["id"], row["id"])
+        right.setdefault(name, []).append(bool(row["correct"]))
+    return right
+
+
+def by_problem(rows, key="correct"):
+    """{problem id: mean of `key` over its samples}"""
+    values = {}
+    for row in rows:
+        values.setdefault(row["id"], []).append(float(row[key]))
+    return {problem: float(np.mean(several)) for problem, several in values.items()}
+
+
 def mean_interval(values):
     """Mean and half the width of its 95 % interval, of numbers that are no shares (nats): 1.96
     standard errors; nan for one value."""

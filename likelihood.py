@@ -15,13 +15,19 @@ Shapes: B examples, T tokens of a row. Next: data.py, as from eval.py.
 """
 
 import math
-import sys
 
 import numpy as np
 import torch
 
 from batches import collate
 from diffusion import check_model, hide, lay_out, row_ends, tensors
+from intervals import by_problem, mean_interval
+from model import load
+from plumbing.answers import save
+from plumbing.config import InputError, require
+from plumbing.jobs import check_tokenizers
+from plumbing.parallel import pick_device, pick_dtype
+from plumbing.screen import status
 
 
 def logprobs(model, data, indices, draws=128, seed=0, batch_size=64, progress=None):
@@ -122,11 +128,56 @@ def rows_of(data, indices, found):
     return rows
 
 
-def status(name, total):
-    """A progress line on a terminal, as eval.py's."""
+def compare_models(cfg, jobs, problems, indices):
+    """Print every model's log p of the responses -> {name: (summary, rows)}.
 
-    def show(done):
-        text = f"{name}: {done}/{total} responses" if done < total else ""
-        print(f"\r\x1b[K{text}", end="", flush=True)
+    Beside the answers' file, <data>-<step>-likelihood.jsonl has a line per response.
+    """
+    require(cfg, draws=(2, None))
+    if cfg.server or cfg.samples_from:
+        raise InputError("--likelihood needs the model itself, not --server or --samples_from")
+    device = pick_device(cfg.device)
+    check_tokenizers(cfg, jobs, problems)
+    print(f"{cfg.data}: {len(indices)} responses; ≤ before a bound, of {cfg.draws} draws each")
+    results = {}
+    width = max(len(job.name) for job in jobs)
+    print(f"{'':{width}}  nats a token       log p of a response")
+    for job in jobs:
+        student = load(job.folder, device, pick_dtype(cfg.dtype, device))
+        progress = status(job.name, len(indices), "responses")
+        found = logprobs(
+            student, problems, list(indices), cfg.draws, cfg.seed, cfg.batch_size, progress
+        )
+        rows = rows_of(problems, indices, found)
+        a_token = mean_interval([row["nats_per_token"] for row in rows])
+        whole = mean_interval([row["logprob"] for row in rows])
+        summary = {
+            "nats_per_token": a_token[0],
+            "interval": a_token[1],
+            "logprob": whole[0],
+            "logprob_interval": whole[1],
+            "is_bound": student.config.is_diffusion,
+            "draws": found.shape[1],
+            "seed": cfg.seed,
+            "model": str(job.folder),
+            "data": cfg.data,
+            "sha256": problems.sha256,
+        }
+        save(job.out.with_name(f"{job.out.stem}-likelihood.jsonl"), rows, summary)
+        results[job.name] = (summary, rows)
+        sign = "≤" if summary["is_bound"] else " "
+        text = f"{a_token[0]:.4f} ± {a_token[1]:.4f}  {whole[0]:8.2f} ± {whole[1]:.2f}"
+        print(f"{job.name:{width}} {sign}{text}")
+    compare(results, "nats_per_token")
+    return results
 
-    return show if sys.stdout.isatty() else None
+
+def compare(results, key):
+    """Print how each model's `key` differs from the first one's, problem by problem."""
+    (first, (_, rows)), *others = results.items()
+    base = by_problem(rows, key)
+    for name, (_, rows) in others:
+        differences = [mean - base[problem] for problem, mean in by_problem(rows, key).items()]
+        difference, interval = mean_interval(differences)
+        text = f"{difference:+.3f} ± {interval:.3f}"
+        print(f"{name} - {first}: {text} (paired, {len(base)} problems)")

@@ -24,7 +24,7 @@ from hf.tokenizer import load_tokenizer
 from model import load
 from plumbing.config import InputError, command, require, whole_file
 from plumbing.parallel import pick_device, pick_dtype
-from sample import Sampling
+from sampling import Sampling
 
 
 @dataclass

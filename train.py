@@ -40,6 +40,7 @@ import data
 import diffusion
 import model
 from batches import micro_batches
+from denoise import resolve_decoding
 from diffusion import Corruption
 from hf import families
 from hf.families import at_revision, local_folder
@@ -64,7 +65,7 @@ from plumbing.runs import (
     read_keys,
     run_folder,
 )
-from sample import Sampling, check_sampling, check_used, resolve_decoding
+from sampling import Sampling, check_greedy, check_sampling, check_used
 from trajectory import record
 
 
@@ -461,6 +462,7 @@ def resolve(given):
         inherited = of_pass_1(given, Config)
     cfg = Config(**{**inherited, **given})
 
+    check_greedy(given, cfg)
     require_given(cfg, *(("model",) if cfg.dry_run else ("run", "model", "data")))
     require(
         cfg,

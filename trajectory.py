@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 import diffusion
 import eval as evaluation
+import intervals
 from batches import flat, next_token_batch, shares
 from plumbing import resume
 from plumbing.config import InputError, read_json, whole_file
@@ -69,7 +70,7 @@ def record(run, step):
 def write_record(run, step, partial, accuracy, rows):
     """A sweep and its answers -> trajectory/<step>.npz; returns nll_apart for the log."""
     home = partial.parent
-    by_id = {} if rows is None else evaluation.by_problem(rows)
+    by_id = {} if rows is None else intervals.by_problem(rows)
     names = [example["id"] for example in run.train_set.examples]
     correct = np.array([by_id.get(name, np.nan) for name in names], dtype=np.float32)
     logprob, *more = stored_planes(run, partial)

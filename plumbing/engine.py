@@ -4,7 +4,7 @@
     Server("http://localhost:8000/v1").complete(body)   one request, tried again until it succeeds
 
 An answer is {"id", "sample", "response", "truncated", "n_tokens"}; n_tokens is None where nobody counted.
-Standard library only. Next: plumbing/parallel.py.
+Standard library only. Next: plumbing/answers.py.
 """
 
 import hashlib
@@ -56,7 +56,9 @@ def read_samples(path, known):
                 used[answer["id"]] = answer["sample"] + 1
             key = answer["id"], answer["sample"]
             if key in seen:
-                raise InputError(f"{where}: sample {key[1]} of problem {key[0]} was in line {seen[key]} already")
+                raise InputError(
+                    f"{where}: sample {key[1]} of problem {key[0]} was in line {seen[key]} already"
+                )
             seen[key] = number
             answers.append(answer)
     if not answers:
@@ -104,7 +106,7 @@ def read_answers(line, where, known):
 
 
 def split_id(name, known):
-    """"problem-7/3" -> ("problem-7", 3); an id that is known as it stands -> (id, None); else (None, None)."""
+    """ "problem-7/3" -> ("problem-7", 3); an id that is known as it stands -> (id, None); else (None, None)."""
     if name in known:
         return name, None
     match = re.fullmatch(r"(.*?)[-_/:# ]*?[-_/:# ]([0-9]{1,9})", name, re.DOTALL)
@@ -116,7 +118,11 @@ def split_id(name, known):
 def read_choices(body):
     """A response of the server -> [{"response", "truncated", "n_tokens"}]. Raises ValueError if it is none."""
     choices = body.get("choices") if isinstance(body, dict) else None
-    if not isinstance(choices, list) or not choices or not all(isinstance(c, dict) for c in choices):
+    if (
+        not isinstance(choices, list)
+        or not choices
+        or not all(isinstance(c, dict) for c in choices)
+    ):
         raise ValueError('no "choices"')
     # the engine counts the tokens of all choices together
     usage = body.get("usage") or {}
@@ -160,7 +166,9 @@ class Server:
         self.pause = pause
         handlers = []
         if parts.hostname in ("localhost", "127.0.0.1", "::1"):
-            handlers.append(urllib.request.ProxyHandler({}))  # no proxy can reach this machine's own ports
+            handlers.append(
+                urllib.request.ProxyHandler({})
+            )  # no proxy can reach this machine's own ports
         self.opener = urllib.request.build_opener(*handlers)
 
     def models(self):
@@ -172,7 +180,9 @@ class Server:
         """The name of the model, if it serves one alone. Raises InputError otherwise."""
         names = self.models()
         if len(names) != 1:
-            raise InputError(f"--server={self.url}: serves {', '.join(names) or 'no model'}; name one with --served")
+            raise InputError(
+                f"--server={self.url}: serves {', '.join(names) or 'no model'}; name one with --served"
+            )
         return names[0]
 
     def complete(self, path, body):

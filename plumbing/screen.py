@@ -34,6 +34,16 @@ def rewrite(text):
     say(f"\r\x1b[K{text}" if sys.stdout.isatty() else text)
 
 
+def status(name, total, what="answers"):
+    """A progress line that is rewritten after every answer, on a terminal."""
+
+    def show(done):
+        text = f"{name}: {done}/{total} {what}" if done < total else ""
+        print(f"\r\x1b[K{text}", end="", flush=True)
+
+    return show if sys.stdout.isatty() else None
+
+
 # -------------------------------------------------------------------------------------------------
 # The run, once
 

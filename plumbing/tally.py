@@ -7,7 +7,7 @@
 A data set that is a little wrong (thoughts cut off, answers that no verifier reads, rows that stand
 twice) trains without an error, and badly. So it is counted and said before anything is trained.
 
-Next: plumbing/engine.py.
+Next: plumbing/algebra.py.
 """
 
 import hashlib

@@ -5,16 +5,16 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-import sample
+from sampling import Sampling
 
-KEYS = {field.name for field in fields(sample.Sampling)}
+KEYS = {field.name for field in fields(Sampling)}
 
 
 def ask(function, model, prompts, max_new_tokens, temperature=0.0, **keys):
     """function(model, prompts, Sampling(...), ...): greedy unless a temperature is given."""
     chosen = {key: value for key, value in keys.items() if key in KEYS}
     others = {key: value for key, value in keys.items() if key not in KEYS}
-    sampling = sample.Sampling(max_new_tokens=max_new_tokens, temperature=temperature, **chosen)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, **chosen)
     return function(model, prompts, sampling, **others)
 
 

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from measure import alone, line, peak_memory, taking_turns
 
 import data
+import denoise
 import diffusion
 import model
-import sample
 import verify
 from hf import families
 from hf.tokenizer import load_tokenizer
+from sampling import Sampling
 
 STUDENT = "students/toy-diffusion-1"
 PROBLEMS = "data/toy-1/unseen"
@@ -128,11 +129,11 @@ def peak_of_masked(side, threads, rows, length, vocabulary):
 def blocks_section(cfg, folder, examples, prompt=64, new_tokens=512):
     student = diffusion_student("llada2_moe", "block")
     prompts = [np.random.default_rng(0).integers(2, 4096, prompt).tolist()]
-    sampling = sample.Sampling(max_new_tokens=new_tokens, temperature=0)
+    sampling = Sampling(max_new_tokens=new_tokens, temperature=0)
     answers = {}
 
     def decode(use_cache):
-        [answers[use_cache]] = sample.write_in_blocks(
+        [answers[use_cache]] = denoise.write_in_blocks(
             student, prompts, sampling, use_cache=use_cache, eos_ids=()
         )
 
@@ -180,10 +181,10 @@ def decode_all(student, tokenizer, problems, threshold, new_tokens=48):
     wrote."""
     prompts = [problems.prompt(i).tolist() for i in range(len(problems))]
     ends = {*student.config.eos_token_ids, tokenizer.eos_token_id, tokenizer.end_of_turn_id}
-    sampling = sample.Sampling(max_new_tokens=new_tokens, temperature=0, threshold=threshold)
+    sampling = Sampling(max_new_tokens=new_tokens, temperature=0, threshold=threshold)
     written = 0
     passes = 0
-    steps = sample.generate(
+    steps = denoise.generate(
         student, prompts, sampling, eos_ids=ends, vocab_size=tokenizer.vocab_size
     )
     for canvas, new in steps:
@@ -192,7 +193,7 @@ def decode_all(student, tokenizer, problems, threshold, new_tokens=48):
         last = canvas
     right = []
     for row, prompt, example in zip(last.tolist(), prompts, problems.examples, strict=True):
-        answer = sample.until_end(row[len(prompt) : len(prompt) + new_tokens], ends)
+        answer = denoise.until_end(row[len(prompt) : len(prompt) + new_tokens], ends)
         text = tokenizer.decode(answer)
         right.append(verify.grade(text, example["answer"], problems.meta["verifier"]))
     return written / passes, float(np.mean(right))

@@ -17,7 +17,9 @@ import eval as evaluation
 import intervals
 from hf import tokenizer as tokenizer_file
 from plumbing.config import InputError, read_json, write_json
+from plumbing.jobs import resolve
 from plumbing.runs import with_evaluations
+from plumbing.table import explain, table_of
 from verify import grade
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +76,7 @@ def test_models_are_compared_problem_by_problem():
     first = table({"a": [1, 1], "b": [0, 1], "c": [0, 0]})
     second = table({"a": [1, 1], "b": [1, 1], "c": [0, 1]})
     results = {name: (evaluation.summarize(rows, 0.0), rows) for name, rows in (("base", first), ("t3s", second))}
-    base, t3s = evaluation.table_of(results, {})
+    base, t3s = table_of(results, {})
     found = intervals.paired([[1, 1], [0, 1], [0, 0]], [[1, 1], [1, 1], [0, 1]])
     assert (t3s["difference"], (t3s["difference_low"], t3s["difference_high"]), t3s["p_value"]) == found
     assert base["difference"] == ""
@@ -90,7 +92,7 @@ def test_models_are_compared_problem_by_problem():
 )
 def test_an_accuracy_of_0_is_explained_where_the_format_is_to_blame(failed, says):
     keys = ("unparsed", "truncated", "thoughts_unclosed")
-    found = evaluation.explain(0.0, dict.fromkeys(keys, 0.0) | failed)
+    found = explain(0.0, dict.fromkeys(keys, 0.0) | failed)
     assert says in found and bool(says) == bool(found)
 
 
@@ -220,8 +222,8 @@ def test_another_seed_does_not_replace_the_answers_of_the_first(toy_runs):
 def test_the_dtype_is_the_runs(toy_runs):
     config = read_json("runs/sft/config.json")
     write_json("runs/sft/config.json", {"config": config["config"] | {"dtype": "bfloat16"}})
-    assert evaluation.resolve({"run": "sft"})[0].dtype == "bfloat16"
-    assert evaluation.resolve({"run": "sft", "dtype": "float32"})[0].dtype == "float32"
+    assert resolve(evaluation.Config, {"run": "sft"})[0].dtype == "bfloat16"
+    assert resolve(evaluation.Config, {"run": "sft", "dtype": "float32"})[0].dtype == "float32"
 
 
 def test_more_samples_are_added_to_those_that_are_there(toy_runs, capsys):

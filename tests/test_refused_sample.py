@@ -6,12 +6,17 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from asking import ask
+from conftest import ROOT
 from test_diffusion import V, make_student
 from test_sample import COMMAND, PROMPTS
 
+import denoise
+import eval as evaluation
 import model
 import sample
+import train
 from plumbing.config import InputError
+from sampling import MASKED_DIFFUSION, Sampling, check_used, next_token
 
 
 def make_autoregressive():
@@ -40,24 +45,24 @@ WORLD = dict(teacher=3, students=("llada",))
 ])  # fmt: skip
 def test_decoding_that_cannot_be(attention, keys, message):
     with pytest.raises(InputError, match=message):
-        next(ask(sample.generate, make_student(attention), [PROMPTS[0]], **{"max_new_tokens": 24, **keys}))
+        next(ask(denoise.generate, make_student(attention), [PROMPTS[0]], **{"max_new_tokens": 24, **keys}))
 
 
 def test_prompts_that_cannot_be():
     student = make_student("full")
     for prompt in ([], [V], [-1]):
         with pytest.raises(InputError, match="prompt 1 is empty or has an id outside"):
-            next(ask(sample.generate, student, [[3], prompt], 8, block_length=8))
+            next(ask(denoise.generate, student, [[3], prompt], 8, block_length=8))
     with pytest.raises(InputError, match="prompt 0 of 130 tokens .* context of 128"):
         ask(sample.sample, student, [[5] * 130], 8, block_length=8)
     student.config = replace(student.config, mask_token_id=V)
     with pytest.raises(InputError, match="mask_token_id 50 is not one of"):
-        next(ask(sample.generate, student, [[3]], 8))
+        next(ask(denoise.generate, student, [[3]], 8))
     with torch.no_grad():
         student = make_student("full")
         student.lm_head.weight[7] = torch.nan
     with pytest.raises(InputError, match="not finite"):
-        next(ask(sample.generate, student, [[3]], 8))
+        next(ask(denoise.generate, student, [[3]], 8))
 
 
 @pytest.mark.parametrize("argument, message", [
@@ -94,7 +99,7 @@ def test_logits_that_are_not_finite_are_refused(bad, temperature):
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     with pytest.raises(InputError, match="not finite"):
-        sample.next_token(logits, torch.full((2,), 0.5), temperature, 1.0, 0)
+        next_token(logits, torch.full((2,), 0.5), Sampling(temperature=temperature))
 
 
 def test_an_autoregressive_student_fills_no_gaps(world, monkeypatch):
@@ -113,8 +118,23 @@ def test_keys_that_no_autoregressive_student_has_are_not_ignored(world, monkeypa
     with pytest.raises(InputError, match=message):
         sample.main(model="data/toy-1/untrained", prompt="3+5?", device="cpu", **{key: value})
     autoregressive, diffusion = make_autoregressive().config, make_student("full").config
-    given = sample.Sampling(**{key: value})
+    given = Sampling(**{key: value})
     with pytest.raises(InputError, match=f"--{key}={value} is about masked-diffusion"):
-        sample.check_used([autoregressive, autoregressive], given)
-    sample.check_used([autoregressive, diffusion], given)  # one table for both kinds
-    assert set(sample.MASKED_DIFFUSION) <= {field.name for field in fields(sample.Sampling)}
+        check_used([autoregressive, autoregressive], given)
+    check_used([autoregressive, diffusion], given)  # one table for both kinds
+    assert set(MASKED_DIFFUSION) <= {field.name for field in fields(Sampling)}
+
+
+@pytest.mark.parametrize("key", [dict(top_p=0.9), dict(top_k=5)])
+def test_keys_that_greedy_sampling_ignores_are_refused_if_given(tmp_path, monkeypatch, key):
+    """In sample.py, whose default is greedy, and where --temperature=0 stands beside them."""
+    student = str(ROOT / "students/toy-1")
+    monkeypatch.chdir(tmp_path)
+    [name] = key
+    says = f"--{name}={key[name]} has no effect at temperature 0"
+    with pytest.raises(InputError, match=says):
+        sample.main(model=student, prompt="7*2", **key)
+    with pytest.raises(InputError, match=says):
+        evaluation.main(model=student, data="data", temperature=0.0, **key)
+    with pytest.raises(InputError, match=says):
+        train.main(run="r", model=student, data="data", temperature=0.0, **key)

@@ -29,12 +29,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import data
+import denoise
 import eval as evaluation
 import model
 import sample
 from hf import tokenizer as tokenizer_file
 from plumbing.config import read_json
 from plumbing.parallel import pick_dtype
+from sampling import Sampling, next_token, smallest_kept
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,9 +170,12 @@ def test_probabilities_equal_transformers(temperature, top_k, top_p):
     logits = torch.randn(3, 50) * 3
     n = 20000
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    drawn = torch.stack([
-        torch.bincount(sample.next_token(row.expand(n, 50), u, temperature, top_p, top_k), minlength=50) / n
-        for row in logits])  # fmt: skip
+    keys = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    drawn = []
+    for row in logits:
+        ids = next_token(row.expand(n, 50), u, keys)
+        drawn.append(torch.bincount(ids, minlength=50) / n)
+    drawn = torch.stack(drawn)
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     scores = TopKLogitsWarper(min(top_k, 50))(None, scores) if top_k else scores
     scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
@@ -182,13 +187,15 @@ def test_probabilities_equal_transformers(temperature, top_k, top_p):
 def test_ids_of_probability_zero_are_never_drawn():
     logits = torch.tensor([[-200.0, 0.0, -200.0, 0.0, -200.0]])
     for u, expected in ((0.0, 1), (0.4999, 1), (0.5001, 3), (1 - 2**-53, 3)):
-        assert sample.next_token(logits, torch.tensor([u], dtype=torch.float64), 1.0, 1.0, 0).item() == expected
+        u = torch.tensor([u], dtype=torch.float64)
+        assert next_token(logits, u, Sampling()).item() == expected
 
 
 def test_top_p_where_the_1024_likeliest_do_not_hold_it():
     """next_token sorts the whole vocabulary only then; the other row of the batch must not notice."""
     logits = torch.stack([torch.zeros(5000), torch.linspace(0, -40, 5000)])
-    kept = sample.least_likely(torch.softmax(logits, -1), 0.9, 0) <= torch.softmax(logits, -1)
+    p = torch.softmax(logits, -1)
+    kept = p >= smallest_kept(p, top_p=0.9, top_k=0)
     expected = [TopPLogitsWarper(0.9)(None, row[None]).isfinite().sum().item() for row in logits[1:]]
     assert kept[0].all() and kept[1].sum().item() == expected[0]
 
@@ -202,7 +209,7 @@ PROMPTS = [[5, 6, 7], [9, 8, 9, 9, 11, 3, 9, 30, 31], [4, MASK, 12], [40]]
 def trajectory(student, prompt, n, **keys):
     """[(canvas, positions written), ...] of one prompt; nothing ends it unless asked."""
     return [(canvas[0].tolist(), new[0].nonzero().flatten().tolist())
-            for canvas, new in ask(sample.generate, student, [prompt], n, **{"eos_ids": (), **keys})]  # fmt: skip
+            for canvas, new in ask(denoise.generate, student, [prompt], n, **{"eos_ids": (), **keys})]  # fmt: skip
 
 
 def llada_by_the_rules(student, prompt, n, block, steps, cfg=0.0, threshold=None, no_eos=False, eos_last=(),
@@ -315,11 +322,11 @@ def test_ends_leave_the_softmax_of_the_confidence():
     p[0, [5, EOS, 7]] = torch.tensor([0.40, 0.39, 0.21], dtype=torch.float64)
     p[1, [6, 8]] = torch.tensor([0.50, 0.50 - 1e-6], dtype=torch.float64)
     for rule, expected in (("free", [0.40, 0.50]), ("last", [0.40 / 0.61, 0.50])):
-        keys = sample.Decoding(eos_rule=rule, eos_ids=[EOS, 9], vocab_size=V, temperature=0.0)
-        token, sure = sample.propose(p.log(), None, keys, config)
+        keys = denoise.Decoding(eos_rule=rule, eos_ids=[EOS, 9], vocab_size=V, temperature=0.0)
+        token, sure = denoise.propose(p.log(), None, keys, config)
         assert token.tolist() == [5, 6] and sure.tolist() == pytest.approx(expected, rel=1e-5)
     p[0, 5], p[0, EOS] = 0.30, 0.49  # an end may still be proposed, with confidence 0
-    token, sure = sample.propose(p.log(), None, keys, config)
+    token, sure = denoise.propose(p.log(), None, keys, config)
     assert token.tolist() == [EOS, 6] and sure[0] == 0
 
 
@@ -336,7 +343,7 @@ def test_never_forbids_the_end_of_the_text_and_not_the_end_of_a_turn():
         (replace(student.config, pad_token_id=9, eos_token_ids=[11]), [11, eot], [11]),
         (student.config, [], []),
     ):
-        assert sample.end_of_text(config, eos_ids) == expected
+        assert denoise.end_of_text(config, eos_ids) == expected
 
 
 @pytest.mark.parametrize("attention", ["full", "block"])
@@ -354,9 +361,9 @@ def test_no_prompts_have_no_answers(attention):
     if attention == "causal":
         assert ask(sample.write_left_to_right, student, [], 8, example_ids=[], eos_ids=()) == []
     else:
-        assert ask(sample.write_in_blocks, student, [], 8) == []
-        assert list(ask(sample.generate, student, [], 8)) == []
-        assert ask(sample.fill_gaps, student, [], 8) == []
+        assert ask(denoise.write_in_blocks, student, [], 8) == []
+        assert list(ask(denoise.generate, student, [], 8)) == []
+        assert ask(denoise.fill_gaps, student, [], 8) == []
 
 
 def gaps_by_the_rules(student, text, block, per):
@@ -386,20 +393,20 @@ def test_masks_in_a_text_are_filled(attention):
     for seed in range(3):
         student = make_student(attention, seed=seed)
         keys = dict(block_length=4, denoising_steps=16, threshold=1.0)
-        together = ask(sample.fill_gaps, student, texts, 16, eos_ids=[EOS], **keys)
+        together = ask(denoise.fill_gaps, student, texts, 16, eos_ids=[EOS], **keys)
         for text, filled in zip(texts, together, strict=True):
             assert len(filled) == len(text) and MASK not in filled
             assert all(new == old for new, old in zip(filled, text, strict=True) if old != MASK)
             if MASK in text:
                 assert filled == gaps_by_the_rules(student, text, 4, 1)
-                assert ask(sample.fill_gaps, student, [text], 16, eos_ids=[EOS], **keys) == [filled]
+                assert ask(denoise.fill_gaps, student, [text], 16, eos_ids=[EOS], **keys) == [filled]
 
 
 def test_masks_in_a_prompt_are_filled_before_it_is_answered(student):
     prompt = [4, MASK, 12, 9, 9, MASK, 3]
     keys = dict(block_length=4, threshold=1.0)
     for use_cache in (True, False):
-        *_, (canvas, _) = ask(sample.generate, student, [prompt, [5, 6]], 8, eos_ids=(), use_cache=use_cache, **keys)
+        *_, (canvas, _) = ask(denoise.generate, student, [prompt, [5, 6]], 8, eos_ids=(), use_cache=use_cache, **keys)
         row = canvas[0, :15].tolist()
         assert MASK not in row and [row[i] for i in (0, 2, 3, 4, 6)] == [4, 12, 9, 9, 3]
         if use_cache:
@@ -411,7 +418,7 @@ def test_another_block_length_is_used_with_a_warning(mini, capsys):
     """As if the model had been trained for it; said once, and not on standard output."""
     other = copy.copy(mini)
     other.config = replace(mini.config, block_length=8)
-    sample.warn.cache_clear()
+    denoise.warn.cache_clear()
     for prompt in MINI_PROMPTS:
         expected = llada2_by_the_rules(other, prompt, 18)
         for use_cache in (True, False):
@@ -486,7 +493,7 @@ def test_editing_changes_something_and_ends(mini):
     edited = trajectory(mini, MINI_PROMPTS[1], 18, edit_threshold=0.0)
     assert plain[-1][0] != edited[-1][0]
     blocks = math.ceil((9 + 18) / 4) - 2
-    assert len(plain) < len(edited) <= blocks * (4 + sample.MAX_POST_STEPS)
+    assert len(plain) < len(edited) <= blocks * (4 + denoise.MAX_POST_STEPS)
 
 
 def test_the_cache_holds_what_a_clean_pass_would_write(mini, monkeypatch):
@@ -499,7 +506,7 @@ def test_the_cache_holds_what_a_clean_pass_would_write(mini, monkeypatch):
         return plain(self, ids, *args, cache=cache, **keys)
 
     monkeypatch.setattr(model.Transformer, "forward", forward)
-    *_, (canvas, _) = ask(sample.generate, mini, [MINI_PROMPTS[1]], 23, eos_ids=())
+    *_, (canvas, _) = ask(denoise.generate, mini, [MINI_PROMPTS[1]], 23, eos_ids=())
     assert fed[0] == 8 and set(fed[1:]) == {4} and canvas.shape[1] == 32
     clean = model.Cache(mini.config, 1, 32)
     with torch.no_grad():
@@ -532,7 +539,7 @@ def test_answers_do_not_depend_on_batch_or_order(student, keys):
                                   example_ids=[f"x{i}" for i in range(4)], eos_ids={EOS})  # fmt: skip
         assert other != list(together.values())
     if student.config.attention == "block":
-        uncached = ask(sample.write_in_blocks, student, PROMPTS, 20, seed=3, example_ids=[f"x{i}" for i in range(4)],
+        uncached = ask(denoise.write_in_blocks, student, PROMPTS, 20, seed=3, example_ids=[f"x{i}" for i in range(4)],
                                     eos_ids={EOS}, use_cache=False, **keys)  # fmt: skip
         assert uncached == list(together.values())
 
@@ -543,7 +550,7 @@ def test_tokens_are_drawn_from_the_softmax(student):
         logits = student(torch.tensor([[5, 6, 7, MASK]]))[0, 3].double()
     logits[MASK] = -torch.inf
     expected = 4000 * (logits / 0.8).softmax(-1).numpy()
-    drawn = ask(sample.write_in_blocks, student, [[5, 6, 7]] * 4000, 1, temperature=0.8, eos_ids=())
+    drawn = ask(denoise.write_in_blocks, student, [[5, 6, 7]] * 4000, 1, temperature=0.8, eos_ids=())
     counts = np.bincount([answer[0] for answer in drawn], minlength=V)
     likely = expected > 10
     assert likely.sum() > 4 and counts[MASK] == 0
@@ -554,7 +561,7 @@ def test_tokens_are_drawn_from_the_softmax(student):
 def test_random_order_is_random():
     """LLaDA's remasking = random: which of 8 masks is filled first is uniform, whatever the model is sure of."""
     first = np.zeros(8)
-    steps = ask(sample.generate, make_student("full"), [[5, 6, 7]] * 2000, 8, remasking="random")
+    steps = ask(denoise.generate, make_student("full"), [[5, 6, 7]] * 2000, 8, remasking="random")
     _, new = next(steps)
     assert (new.sum(1) == 1).all()
     first = new[:, 3:].sum(0).numpy()
@@ -564,9 +571,9 @@ def test_random_order_is_random():
 def test_neither_the_mask_nor_ids_beyond_the_tokenizer_come_out(student):
     raw = student(torch.tensor([PROMPTS[1] + [MASK] * 3]))[0].softmax(-1)
     assert raw[:, MASK].max() > 1e-4 and raw[:, 40:].sum(-1).max() > 1e-2  # they could
-    answers = ask(sample.write_in_blocks, student, [PROMPTS[1]] * 50, 32, temperature=1.5, vocab_size=40, eos_ids=())
+    answers = ask(denoise.write_in_blocks, student, [PROMPTS[1]] * 50, 32, temperature=1.5, vocab_size=40, eos_ids=())
     assert {len(a) for a in answers} == {32} and max(max(a) for a in answers) < 40
-    answers = ask(sample.write_in_blocks, student, [PROMPTS[1]] * 50, 32, temperature=1.5, eos_ids=())
+    answers = ask(denoise.write_in_blocks, student, [PROMPTS[1]] * 50, 32, temperature=1.5, eos_ids=())
     assert not any(MASK in a for a in answers) and max(max(a) for a in answers) > 40
 
 
@@ -576,9 +583,9 @@ def test_confidence_is_the_probability_among_all_ids():
     logits[0, [MASK, 44]], logits[0, 7] = 3.0, 1.0
     total = 2 * math.exp(3.0) + math.e + V - 3
     for eos_rule, rest in (("free", 0.0), ("never", 1.0)):
-        rule = sample.Decoding(eos_rule=eos_rule, eos_ids=[EOS], vocab_size=40)
+        rule = denoise.Decoding(eos_rule=eos_rule, eos_ids=[EOS], vocab_size=40)
         for temperature, u in ((0.0, None), (1e-9, torch.full((1,), 0.5, dtype=torch.float64))):
-            token, sure = sample.propose(logits.clone(), u, replace(rule, temperature=temperature), config)
+            token, sure = denoise.propose(logits.clone(), u, replace(rule, temperature=temperature), config)
             assert token.tolist() == [7] and sure.dtype == torch.float64
             assert sure.item() == pytest.approx(math.e / (total - rest), rel=1e-14)
 
@@ -587,9 +594,9 @@ def test_two_tokens_that_float32_cannot_tell_apart_are_drawn_by_float64_probabil
     """1 + 1e-12 over 1e-12: the second has odds exp(1), in float32 they would be even."""
     config, logits = make_student("full").config, torch.full((1, V), -1e9, dtype=torch.float64)
     logits[0, 5], logits[0, 6] = 1.0, 1.0 + 1e-12
-    rule = sample.Decoding(temperature=1e-12, eos_ids=[], vocab_size=V)
+    rule = denoise.Decoding(temperature=1e-12, eos_ids=[], vocab_size=V)
     for u, expected in ((0.26, 5), (0.28, 6)):  # 1 / (1 + e) = 0.269
-        token, _ = sample.propose(logits.clone(), torch.tensor([u], dtype=torch.float64), rule, config)
+        token, _ = denoise.propose(logits.clone(), torch.tensor([u], dtype=torch.float64), rule, config)
         assert token.tolist() == [expected]
 
 
@@ -597,7 +604,7 @@ def test_decoding_stops_after_the_block_with_the_end(student):
     ended = 0
     for prompt in PROMPTS:
         likely, _ = with_an_end(student, prompt, 60, 4)
-        *_, (canvas, _) = ask(sample.generate, likely, [prompt], 60, block_length=4, eos_ids={EOS})
+        *_, (canvas, _) = ask(denoise.generate, likely, [prompt], 60, block_length=4, eos_ids={EOS})
         row = canvas[0].tolist()
         end, start = row.index(EOS, len(prompt)), 0
         if likely.config.attention == "full":  # its blocks begin behind the prompt, or with a mask inside
@@ -605,9 +612,9 @@ def test_decoding_stops_after_the_block_with_the_end(student):
         stop = start + (end - start) // 4 * 4 + 4
         assert MASK not in row[len(prompt) : stop] and set(row[stop:]) == {MASK}  # that block is whole, none behind it
         ended += stop < len(row) - 8
-        *_, (default, _) = ask(sample.generate, likely, [prompt], 60, block_length=4)  # the model's own ids
+        *_, (default, _) = ask(denoise.generate, likely, [prompt], 60, block_length=4)  # the model's own ids
         assert torch.equal(default, canvas)
-        assert ask(sample.write_in_blocks, likely, [prompt], 60, block_length=4) == [row[len(prompt) : end]]
+        assert ask(denoise.write_in_blocks, likely, [prompt], 60, block_length=4) == [row[len(prompt) : end]]
         answers = ask(sample.sample, likely, PROMPTS, 60, temperature=0, block_length=4, eos_ids={EOS})
         assert answers[PROMPTS.index(prompt)] == row[len(prompt) : end]
     assert ended >= 3
@@ -628,7 +635,7 @@ def test_eval_samples_from_a_diffusion_student(world, monkeypatch, capsys):
     tokenizer = tokenizer_file.load_tokenizer(Path("llada"))
     for row in rows:
         i = [e["id"] for e in problems.examples].index(row["id"])
-        ids = ask(sample.write_in_blocks, student, [problems.prompt(i).tolist()], 16, block_length=8, eos_ids={0},
+        ids = ask(denoise.write_in_blocks, student, [problems.prompt(i).tolist()], 16, block_length=8, eos_ids={0},
                                vocab_size=tokenizer.vocab_size)[0]  # fmt: skip
         assert row["response"] == tokenizer.decode(ids) and "<|mask|>" not in row["response"]
     assert len(rows) == 6 and summary["block_length"] == 8 and summary["problems"] == 3
@@ -689,7 +696,7 @@ def test_the_command_fills_gaps(world, monkeypatch, capsys):
     for word in ("░", "<gap>"):
         text = sample.main(prompt=f"<|user|>3+5{word}2?<|assistant|>3+5={word}{word}", mask_word=word, **keys)
         ids = [*tokenizer.encode("<|user|>3+5"), 3, *tokenizer.encode("2?<|assistant|>3+5="), 3, 3]
-        [filled] = ask(sample.fill_gaps, student, [ids], 16, block_length=8, eos_ids={0},
+        [filled] = ask(denoise.fill_gaps, student, [ids], 16, block_length=8, eos_ids={0},
                        vocab_size=tokenizer.vocab_size)  # fmt: skip
         assert text == tokenizer.decode(filled) and capsys.readouterr() == (f"{text}\n", "")
         assert text.startswith("<|user|>3+5") and "2?<|assistant|>3+5=" in text and word not in text

@@ -23,7 +23,7 @@ import train
 import verify
 from hf.tokenizer import load_tokenizer
 from plumbing.config import InputError, read_json
-from sample import Sampling
+from sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
 STUDENTS = sorted((ROOT / "students").glob("toy-[0-9]*"))

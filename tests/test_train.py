@@ -390,7 +390,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import data, eval as evaluation, model, torch, train
 from hf.tokenizer import load_tokenizer
-from sample import Sampling
+from sampling import Sampling
 from plumbing import parallel
 
 def answers(folder, indices):

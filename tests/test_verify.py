@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import verify
+from plumbing import algebra
 from plumbing.config import InputError
-from verify import extract, grade, judge, opens_thoughts, same, unmatchable, value
+from quantities import value
+from verify import extract, grade, judge, opens_thoughts, same, unmatchable
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,9 +130,9 @@ def test_an_unknown_verifier_is_refused():
 HOSTILE = r"""
 import resource
 resource.setrlimit(resource.RLIMIT_CPU, (40, 40))
-import verify
+from plumbing import algebra
 from verify import grade
-verify.TIME_LIMIT = 2
+algebra.TIME_LIMIT = 2
 M = 60_000
 texts = [
     "9" * 10**6, "#### " + "9" * M, "-" * M, "1," * M, "1,000" * M, ",000" * M + "x", "1/" * M, "1e" * M, "9^" * M,
@@ -224,10 +225,10 @@ DIFFERENT = [
 
 @pytest.fixture
 def no_math_verify(monkeypatch):
-    monkeypatch.setattr(verify, "HAS_MATH_VERIFY", False)
-    verify.algebra.cache_clear()
+    monkeypatch.setattr(algebra, "HAS_MATH_VERIFY", False)
+    algebra.algebra.cache_clear()
     yield
-    verify.algebra.cache_clear()
+    algebra.algebra.cache_clear()
 
 
 @pytest.mark.parametrize("one, other", EQUAL)
@@ -271,20 +272,20 @@ def test_math_verify_agrees_about_the_answers_of_gsm8k_as_people_write_them():
 
 
 def test_a_formula_that_takes_too_long_is_wrong(monkeypatch):
-    monkeypatch.setattr(verify, "TIME_LIMIT", 0.5)
-    verify.algebra.cache_clear()
+    monkeypatch.setattr(algebra, "TIME_LIMIT", 0.5)
+    algebra.algebra.cache_clear()
     assert same("x+1", "1+x") is True  # the child has started
     started = time.time()
     assert same("9^{9^{9^{9^{9}}}}+x", "5+x") is False
     assert time.time() - started < 10
-    monkeypatch.setattr(verify, "TIME_LIMIT", 10)
+    monkeypatch.setattr(algebra, "TIME_LIMIT", 10)
     assert same("x+2", "2+x") is True  # by a new child
 
 
 def test_a_child_that_dies_is_replaced():
     assert same("x+3", "3+x") is True
-    verify.CHILD.process.kill()
-    verify.CHILD.process.wait()
+    algebra.CHILD.process.kill()
+    algebra.CHILD.process.wait()
     assert same("x+4", "4+x") is True
 
 
