@@ -18,7 +18,7 @@ Next: toy.py.
 import json
 import random
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from formats import read_rows
@@ -29,7 +29,7 @@ from plumbing.config import InputError, above, command, read_json, require, whol
 from plumbing.engine import Server, ask_all, read_samples, seed_of
 from plumbing.parallel import pick_device, pick_dtype
 from sample import ends_and_size, sample
-from sampling import Sampling
+from sampling import Sampling, check_ranges, sampling_keys
 from verify import VERIFIERS, judge, opens_thoughts, unmatchable
 
 
@@ -206,10 +206,8 @@ def check(cfg):
         batch_size=(1, None),
         retries=(0, None),
         timeout=(above(0), None),
-        temperature=(0, None),
-        top_p=(above(0), 1),
-        max_new_tokens=(1, None),
     )
+    check_ranges(cfg)
 
 
 def teachers(cfg):
@@ -231,10 +229,7 @@ def ask_teacher(cfg, prompts, path):
 
     Answers that are in the file are not asked for again; it is refused if it was sampled otherwise.
     """
-    keys = [field.name for field in fields(Sampling)]
-    settings = {key: getattr(cfg, key) for key in keys} | {
-        "teacher": cfg.model or f"{cfg.server} {cfg.served}"
-    }
+    settings = sampling_keys(cfg) | {"teacher": cfg.model or f"{cfg.server} {cfg.served}"}
     note = path.with_suffix(".json")
     if path.exists() and note.exists() and read_json(note) != settings:
         raise InputError(
@@ -293,9 +288,8 @@ def ask_model(cfg, asked, keep):
     def finished(number, answer):
         prompt, k = asked[number]
         text = tokenizer.decode(answer)
-        if opens_thoughts(
-            tokenizer.decode(ids[number][-9:])
-        ):  # the trace begins where the thoughts do
+        # the trace begins where the thoughts do
+        if opens_thoughts(tokenizer.decode(ids[number][-9:])):
             text = "<think>\n" + text
         row = {"id": prompt.id, "sample": k, "response": text}
         keep(row | {"truncated": len(answer) == cfg.max_new_tokens, "n_tokens": len(answer)})

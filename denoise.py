@@ -13,7 +13,7 @@ asked about. Next: verify.py.
 
 import functools
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from diffusion import check_model
 from model import Cache, attention_mask
 from plumbing.config import InputError, require
 from plumbing.parallel import rank
-from sampling import Sampling, check_sampling, next_token
+from sampling import Sampling, check_sampling, next_token, sampling_keys
 
 # --------------------------------------------------------------------------------------------------
 # What is asked for, checked and complete
@@ -51,7 +51,7 @@ def resolve_decoding(config, prompts, sampling, eos_ids=None, vocab_size=None, a
     check_model(config)
     check_sampling(config, prompts, sampling)
     is_block_model = config.attention == "block"
-    rule = Decoding(**{f.name: getattr(sampling, f.name) for f in fields(Sampling)})
+    rule = Decoding(**sampling_keys(sampling))
     if not rule.block_length:
         default = config.block_length if is_block_model else min(32, rule.max_new_tokens)
         rule.block_length = default

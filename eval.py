@@ -21,7 +21,7 @@ Next: likelihood.py.
 
 import hashlib
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ from plumbing.served import ask_server, samples_of
 from plumbing.table import show_results, show_settings
 from quantities import value
 from sample import ends_and_size, sample
-from sampling import Sampling, check_used
+from sampling import Sampling, check_used, sampling_keys
 from verify import THOUGHTS, judge, opens_thoughts, unmatchable
 
 
@@ -374,7 +374,7 @@ def questions_in(problems, answers):
 def summary_of(cfg, job, problems, rows, seconds, twins):
     # all that somebody needs to repeat this number, beside the number
     made = {"model": str(job.folder or job.name), "data": cfg.data, "sha256": problems.sha256}
-    sampling = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
+    sampling = sampling_keys(cfg)
     # rounding is part of how an answer came about
     sampling["dtype"] = cfg.dtype
     if job.samples:

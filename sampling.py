@@ -8,7 +8,7 @@ command has it, with the same default and the same line of --help.
 Shapes: B rows, V vocabulary. Next: sample.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -19,7 +19,7 @@ from plumbing.config import InputError, above, require
 class Sampling:
     """How answers are sampled: the keys of every command that samples.
 
-    A new key is a field here, its range in `check_sampling`, and the line where it acts: in
+    A new key is a field here, its range in `check_ranges`, and the line where it acts: in
     `next_token` if it shapes a distribution, in denoise.py (and in MASKED_DIFFUSION) if it is
     about the order in which a masked-diffusion student writes.
     """
@@ -51,8 +51,13 @@ MASKED_DIFFUSION = (
 )
 
 
-def check_sampling(config, prompts, sampling):
-    """Raise InputError for a value out of range, or a prompt that is empty or has a strange id."""
+def sampling_keys(cfg):
+    """{key: value} of the sampling keys alone, of any command's Config."""
+    return {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
+
+
+def check_ranges(sampling):
+    """Raise InputError for a value out of range, as far as that needs no model."""
     require(
         sampling,
         temperature=(0, None),
@@ -60,6 +65,11 @@ def check_sampling(config, prompts, sampling):
         top_k=(0, None),
         max_new_tokens=(1, None),
     )
+
+
+def check_sampling(config, prompts, sampling):
+    """Raise InputError for a value out of range, or a prompt that is empty or has a strange id."""
+    check_ranges(sampling)
     for number, prompt in enumerate(prompts):
         if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise InputError(

@@ -10,12 +10,11 @@ An answer is {"id", "sample", "response", "truncated", "n_tokens"}. Next: plumbi
 import hashlib
 import json
 import os
-from dataclasses import fields
 from pathlib import Path
 
 from plumbing.config import whole_file, write_json
 from plumbing.parallel import barrier, on_process_0, rank
-from sampling import Sampling
+from sampling import sampling_keys
 
 
 class Store:
@@ -104,8 +103,7 @@ def name_of(data, question):
 
 def identity_of(cfg, job, problems, served):
     """What answers depend on, as text: the model's files, the prompts, how it is sampled."""
-    sampling = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
-    parts = {"data": problems.sha256, "sampling": sampling}
+    parts = {"data": problems.sha256, "sampling": sampling_keys(cfg)}
     if served:
         parts |= {"server": served}
     else:

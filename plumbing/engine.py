@@ -106,7 +106,10 @@ def read_answers(line, where, known):
 
 
 def split_id(name, known):
-    """ "problem-7/3" -> ("problem-7", 3); an id that is known as it stands -> (id, None); else (None, None)."""
+    """The name of an answer -> its problem's id and the number of the sample.
+
+    "problem-7/3" -> ("problem-7", 3); an id that is known as it stands -> (id, None); else (None, None).
+    """
     if name in known:
         return name, None
     match = re.fullmatch(r"(.*?)[-_/:# ]*?[-_/:# ]([0-9]{1,9})", name, re.DOTALL)
@@ -166,9 +169,8 @@ class Server:
         self.pause = pause
         handlers = []
         if parts.hostname in ("localhost", "127.0.0.1", "::1"):
-            handlers.append(
-                urllib.request.ProxyHandler({})
-            )  # no proxy can reach this machine's own ports
+            # no proxy can reach this machine's own ports
+            handlers.append(urllib.request.ProxyHandler({}))
         self.opener = urllib.request.build_opener(*handlers)
 
     def models(self):

@@ -15,7 +15,7 @@ from plumbing.answers import json_lines
 from plumbing.config import InputError, above, require
 from plumbing.parallel import pick_device, pick_dtype
 from plumbing.runs import find_checkpoint, run_folder, run_keys
-from sampling import Sampling, check_greedy
+from sampling import Sampling, check_greedy, check_ranges
 from verify import VERIFIERS
 
 
@@ -50,11 +50,8 @@ def resolve(Config, given):
         batch_size=(1, None),
         retries=(0, None),
         timeout=(above(0), None),
-        temperature=(0, None),
-        top_p=(above(0), 1),
-        top_k=(0, None),
-        max_new_tokens=(1, None),
     )
+    check_ranges(cfg)
     cfg.dtype = str(pick_dtype(cfg.dtype, pick_device(cfg.device))).removeprefix("torch.")
     if cfg.verifier and cfg.verifier not in VERIFIERS:
         raise InputError(f"--verifier={cfg.verifier}: must be one of {', '.join(VERIFIERS)}")

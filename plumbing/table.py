@@ -90,11 +90,8 @@ def table_of(results, twins):
             second = intervals.grades_by_problem(rows, twins)
             shared = [problem for problem in first if problem in second]
             found = intervals.paired([first[p] for p in shared], [second[p] for p in shared])
-            (
-                line["difference"],
-                (line["difference_low"], line["difference_high"]),
-                line["p_value"],
-            ) = found
+            line["difference"], interval, line["p_value"] = found
+            line["difference_low"], line["difference_high"] = interval
         lines.append(line)
     return lines
 
