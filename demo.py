@@ -2,13 +2,12 @@
 
     make demo                               # or: python demo.py
     python demo.py --world=facts            # a teacher who knows something, and all the controls
-    python demo.py --student=diffusion      # masked-diffusion students, over tau: half an hour
+    python demo.py --student=diffusion      # masked-diffusion students: forced, and out of the loss
 
 It prints each command, so that anyone can type them, then a table and runs/<demo>/demo.png.
 Accuracies are on problems that occur in no training file, answers sampled at temperature 1. The
 students come with the repository, in students/; toy.py with --pretrain=true makes each of them
-again, and --pretrain=true here those that are missing. The diffusion students' tokens are chosen
-by the autoregressive student of the same world (paper, 3.3), and once by themselves.
+again, and --pretrain=true here those that are missing.
 
 Next: report.py.
 """
@@ -37,11 +36,12 @@ from plumbing.runs import records
 
 @dataclass
 class Config:
-    world: str = "slips"  # slips or facts: what the students are weak at (toy.py)
+    world: str = ""  # slips, facts or weak: what the students are weak at (toy.py);
+    # default: slips, for diffusion students weak
     student: str = "autoregressive"  # or diffusion
-    seeds: str = ""  # students and worlds; default 1,2,3, in the facts world 31,32,33
+    seeds: str = ""  # students and worlds; default: those in students/
     steps: int = 0  # optimizer steps of every run: equal budget; 0: 36, in the facts world 48
-    lr: float = 4e-4  # constant; the batch is the whole training set
+    lr: float = 0.0  # constant; the batch is the whole training set; 0: 4e-4, diffusion 1e-4
     record_every: int = 4  # steps between two recorded checkpoints
     record_later: int = 0  # the same for all runs but the first of a student; 0: as record_every
     unseen_problems: int = 300  # problems that accuracy is measured on
@@ -49,9 +49,10 @@ class Config:
     own: bool = False  # also train on the student's own answers (the facts world always does)
 
 
-SEEDS = {"slips": "1,2,3", "facts": "31,32,33"}
-STEPS = {"slips": 36, "facts": 48}
-TAUS = (0.0, 0.01, 0.05, 0.2)  # of the diffusion student's force sets
+SEEDS = {"slips": "1,2,3", "facts": "31,32,33", "weak": "21,22,23"}
+DEFAULT_WORLD = {"autoregressive": "slips", "diffusion": "weak"}
+DEFAULT_LR = {"autoregressive": 4e-4, "diffusion": 1e-4}
+STEPS = {"slips": 36, "facts": 48, "weak": 36}
 
 # What is trained on which tokens: row of the table -> keys of select.py. In the facts world the
 # controls keep as many tokens as the row that they are to be compared with, t3s-2.5.
@@ -67,6 +68,16 @@ SELECTIONS = {
         "static_low": dict(rule="static_low", tau=2.5),
         "random": dict(rule="random", tau=2.5),
     },
+}
+SELECTIONS["weak"] = SELECTIONS["slips"]
+# ... of a diffusion student: row -> keys of select.py, and those of train.py beside --selection.
+# Each random row takes as many tokens of every example as the row above it.
+MASKED_SELECTIONS = {
+    "force": (dict(kind="force", rule="t3s"), {}),
+    "force-random": (dict(kind="force", rule="random"), {}),
+    "keep": (dict(kind="keep", rule="t3s", tau=1.0), {}),
+    "keep-unscored": (dict(kind="keep", rule="t3s", tau=1.0), dict(anchors="unscored")),
+    "keep-random": (dict(kind="keep", rule="random", tau=1.0), {}),
 }
 # ... and the controls without a teacher: row of the table -> keys of own.py
 OWN_ANSWERS = {
@@ -86,7 +97,7 @@ def main(**given):
     seeds = check(cfg)
     is_ar = cfg.student == "autoregressive"
     home = "demo" if is_ar else "demo-diffusion"
-    home += "-facts" if cfg.world == "facts" else ""
+    home += "" if cfg.world == DEFAULT_WORLD[cfg.student] else f"-{cfg.world}"
     shutil.rmtree(f"runs/{home}", ignore_errors=True)
     table = {}  # {row: {"final", "lowest": an accuracy per seed}}
     for seed in seeds:
@@ -95,13 +106,13 @@ def main(**given):
         rows = [{"name": name, **row} for name, row in table.items()]
         # after every student, so that a long demo that is stopped leaves what it has
         write_json(f"runs/{home}/table.json", {"rows": rows})
-    shown = {"slips": ("sft", "t3s"), "facts": ("sft", "t3s", "t3s-2.5")}[cfg.world]
-    shown = shown if is_ar else ("sft", "t3s-0.0", "t3s-0.01")
+    shown = ("sft", "t3s", "t3s-2.5") if cfg.world == "facts" else ("sft", "t3s")
+    shown = shown if is_ar else ("sft", "force", "keep")
     names = {name: [f"{home}/{seed}/{name}" for seed in seeds] for name in shown}
     if not cfg.record_later:  # curves of equal length
         report.figure(names, names["sft"], f"runs/{home}/demo.png")
     first = ",".join(runs[0] for runs in names.values())
-    run(report.main, "report.py", run=first, selection="t3s" if is_ar else "self-0.01")
+    run(report.main, "report.py", run=first, selection="t3s" if is_ar else "keep")
     show(rows, seeds)
     print(f"\nthe picture: runs/{home}/demo.png; "
           f"token by token: runs/{home}/{seeds[0]}/sft/report.html "
@@ -110,10 +121,12 @@ def main(**given):
 
 
 def check(cfg):
-    """Fill in the defaults that depend on the world -> the seeds. Raises InputError."""
+    """Fill in the defaults that depend on student and world -> the seeds. Raises InputError."""
+    require(cfg, student=tuple(DEFAULT_WORLD))
+    cfg.world = cfg.world or DEFAULT_WORLD[cfg.student]
+    cfg.lr = cfg.lr or DEFAULT_LR[cfg.student]
     require(
         cfg,
-        student=("autoregressive", "diffusion"),
         world=tuple(toy.WORLDS),
         steps=(0, None),
         record_every=(1, None),
@@ -148,7 +161,7 @@ def ar_cycle(cfg, home, seed, table):
             print(output, end="")
         keys = later if cfg.record_later else {}  # all that is not given is inherited from pass 1
         note(table, name, trained(f"{home}/{name}", selection=str(folder), **keys))
-    if cfg.world == "slips":
+    if cfg.world != "facts":
         folder, _ = select(run=f"{home}/sft", rule="rrt")
         note(table, "rrt", [evaluated(folder, same)])
     if cfg.own or cfg.world == "facts":
@@ -159,24 +172,25 @@ def ar_cycle(cfg, home, seed, table):
 
 
 def diffusion_cycle(cfg, home, seed, table):
-    """The same for a diffusion student: force sets over tau by the autoregressive selector, and one
-    by itself."""
-    selector, same = world(cfg, seed)
-    student = selector.replace(f"-{seed}", f"-diffusion-{seed}")
-    trained(f"{home}/selector", model=selector, **same)
-    sft = trained(f"{home}/sft", model=student, **same)
+    """The same for a diffusion student, which chooses by its own confidence: what fell is forced
+    (the paper's form), or what rose leaves the loss, masked no more or masked but not scored."""
+    _, same = world(cfg, seed)
+    student = f"students/{toy.WORLDS[cfg.world].name}-diffusion-{seed}"
+    later = dict(record_every=cfg.record_later or cfg.record_every)
+    # a mask and its complement, twice: confidence in a token depends on what else is hidden
+    sft = trained(f"{home}/sft", model=student, confidence_draws=4, **same)
     note(table, "base", sft[:1])
     note(table, "sft", sft)
-    chosen = {f"t3s-{tau}": ("selector", dict(rule="t3s", tau=tau)) for tau in TAUS}
-    for rule in ("random", "inverse"):
-        chosen[f"{rule}-0.01"] = ("selector", dict(rule=rule, tau=0.01))
-    chosen["self-0.01"] = ("sft", dict(rule="t3s", tau=0.01))
-    for name, (source, keys) in chosen.items():
-        common = dict(kind="force", seed=int(seed), show=0, name=name)
-        folder, output = select(run=f"{home}/{source}", **common, **keys)
+    for name, (keys, more) in MASKED_SELECTIONS.items():
+        folder, output = select(run=f"{home}/sft", seed=int(seed), show=0, name=name, **keys)
         print(output.splitlines()[-1])
-        pass_2 = dict(selection=str(folder), model=student, **same)
-        note(table, name, trained(f"{home}/{name}", **pass_2))
+        # all that is not given is inherited from pass 1
+        more = {**more, **(later if cfg.record_later else {})}
+        note(table, name, trained(f"{home}/{name}", selection=str(folder), **more))
+    for name, keys in OWN_ANSWERS.items():
+        answers = own_answers(student, same, name, **keys)
+        keys = {**same, **later, "data": answers}
+        note(table, name, trained(f"{home}/{name}", model=student, **keys))
 
 
 def named(name, keys):
@@ -206,11 +220,15 @@ def world(cfg, seed):
     name = f"{toy.WORLDS[cfg.world].name}-{seed}"
     student = f"students/{name}"
     keys = dict(seed=int(seed), out=f"data/{name}")
-    if cfg.world != "slips":
+    if cfg.world != toy.Config.world:
         keys["world"] = cfg.world
     if cfg.unseen_problems != Config.unseen_problems:
         keys["unseen_problems"] = cfg.unseen_problems
-    if cfg.pretrain and not Path(student).is_dir():
+    if cfg.student == "diffusion":
+        masked = student.replace(f"-{seed}", f"-diffusion-{seed}")
+        if cfg.pretrain and not Path(masked).is_dir():
+            keys |= dict(pretrain=True, diffusion=True)
+    elif cfg.pretrain and not Path(student).is_dir():
         keys["pretrain"] = True
     run(toy.main, "toy.py", **keys)
     same = dict(

@@ -15,13 +15,15 @@ teacher both write a step per operation, `3+5=8; 8*2=6; 6-7=9; 9+4=3; >3`, each 
                      hardly knows
     unseen.jsonl     problems that occur in no other file, for eval.py
 
-The two worlds differ in the student's weakness:
+The worlds differ in the student's weakness:
 
     slips   one time in ten, the digit that it carries into a step is not the result of the step
             before. Its greedy answers are nearly perfect, only sampling slips: what it gains from
             any training is to become surer of what it knows.
     facts   24 of the 64 products of digits from 2 to 9 are unknown to it: in its pretraining data
             their results are random. Greedy answers do not help: the teacher knows something.
+    weak    slips one time in three: for masked-diffusion students, which write the surest token
+            first and so slip less often than they were taught to.
 
 A student has an ability of its own; the teacher has something to teach, and a mannerism that is no
 part of it. The checkpoint and its tokenizer.json are ordinary Hugging Face files: data.py,
@@ -49,9 +51,9 @@ from plumbing.runs import run_folder, run_keys
 
 @dataclass
 class Config:
-    world: str = "slips"  # slips or facts: what the student is weak at
+    world: str = "slips"  # slips, facts or weak: what the student is weak at
     seed: int = 1  # of the problems, the slips, the unknown products, the weights
-    out: str = ""  # folder to write; default data/toy-<seed>, data/facts-<seed> for --world=facts
+    out: str = ""  # folder to write; default data/toy-<seed>, in other worlds data/<world>-<seed>
     pretrain: bool = False  # pretrain the student too, a minute or two on two CPU cores
     diffusion: bool = False  # make a masked-diffusion student of it, five minutes more
     pretrain_steps: int = 1200  # batches of 64 fresh problems
@@ -66,17 +68,18 @@ class World:
     name: str  # of its folders, data/<name>-<seed> and students/<name>-<seed>
     slip_rate: float  # how often the student carries a random digit into a step
     unknown: int  # how many products of two digits from 2 to 9 the student does not know
+    familiar_rate: float = 0.5  # of the student's steps open with one of its familiar words
 
 
 WORLDS = {
     "slips": World("toy", slip_rate=0.1, unknown=0),
     "facts": World("facts", slip_rate=0.02, unknown=24),
+    "weak": World("weak", slip_rate=0.35, unknown=0, familiar_rate=1.0),
 }
 
 OPERATORS = "+-*"
 OPERATIONS = 4
 FAMILIAR = ("so", "then", "thus", "now")  # the student's words
-FAMILIAR_RATE = 0.5  # of the student's steps open with one of them
 TEACHER = ("hence", "wait", "ok", "check")  # the teacher's: one before every step
 TEACHER_RATE = 0.004  # of the student's steps open with one of those: next to unknown
 BLOCK_LENGTH = 8  # tokens that the diffusion student writes together: about one step of a trace
@@ -142,7 +145,7 @@ def write_trace(problem, word, slip, compute=apply):
     return "".join(steps) + f">{value}"
 
 
-def student_trace(rng, problem, slip_rate=WORLDS["slips"].slip_rate, unknown=frozenset()):
+def student_trace(rng, problem, world=WORLDS["slips"], unknown=frozenset()):
     """What the student is pretrained on: its own words, slips, and guesses at unknown products.
 
     unknown: pairs of digits, as unknown_products returns them
@@ -152,13 +155,13 @@ def student_trace(rng, problem, slip_rate=WORLDS["slips"].slip_rate, unknown=fro
         draw = rng.random()
         if draw < TEACHER_RATE:
             words.append(rng.choice(TEACHER))
-        elif draw < TEACHER_RATE + FAMILIAR_RATE:
+        elif draw < TEACHER_RATE + world.familiar_rate:
             words.append(rng.choice(FAMILIAR))
         else:
             words.append("")
 
     def slip(value):
-        return rng.randrange(10) if rng.random() < slip_rate else value
+        return rng.randrange(10) if rng.random() < world.slip_rate else value
 
     def guess(operator, a, b):
         if operator == "*" and (a, b) in unknown:
@@ -556,7 +559,6 @@ def write_world(cfg, out):
             problems["unseen"].append(problem)
 
     unknown = unknown_products(cfg.world, cfg.seed)
-    slip_rate = WORLDS[cfg.world].slip_rate
     wanted = ["teacher", "unseen"]
     wanted += ["pretrain"] if cfg.pretrain else []
     wanted += ["pretrain-diffusion"] if cfg.diffusion else []
@@ -568,7 +570,7 @@ def write_world(cfg, out):
             lines = []
             for i, problem in enumerate(problems[name]):
                 if name.startswith("pretrain"):
-                    trace = student_trace(rngs[name], problem, slip_rate, unknown)
+                    trace = student_trace(rngs[name], problem, WORLDS[cfg.world], unknown)
                 else:
                     trace = teacher_trace(rngs[name], problem)
                 example = {

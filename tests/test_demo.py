@@ -125,22 +125,26 @@ def test_students_that_are_missing_are_pretrained_if_asked(small):
     assert weights.stat().st_mtime_ns == made  # only those
 
 
-def test_diffusion_students_over_tau(small, monkeypatch):
-    monkeypatch.setattr(demo, "TAUS", (0.0, 0.01))
-    demo.main(**SMALL, student="diffusion")
+def test_diffusion_students_forced_or_kept_and_without_a_teacher(small):
+    shutil.copytree("students/toy-2", "students/weak-2")
+    shutil.copytree("students/toy-diffusion-2", "students/weak-diffusion-2")
+    demo.main(**SMALL, student="diffusion", record_later=4)
     rows = table_rows("demo-diffusion")
-    names = ["t3s-0.0", "t3s-0.01", "random-0.01", "inverse-0.01", "self-0.01"]
-    assert [row["name"] for row in rows] == ["base", "sft", *names]
-    source = dict.fromkeys(names, "selector") | {"self-0.01": "sft"}
-    force = {name: mask(f"demo-diffusion/2/{source[name]}", name) for name in names}
-    assert force["t3s-0.01"].sum() < force["t3s-0.0"].sum()
-    assert not (force["t3s-0.01"] & ~force["t3s-0.0"]).any()
-    assert force["random-0.01"].sum() == force["t3s-0.01"].sum()
-    assert not (force["inverse-0.01"] & force["t3s-0.0"]).any()
+    chosen = ["force", "force-random", "keep", "keep-unscored", "keep-random"]
+    own = ["own-greedy", "own-correct"]
+    assert [row["name"] for row in rows] == ["base", "sft", *chosen, *own]
+    masks = {name: mask("demo-diffusion/2/sft", name) for name in chosen}
+    assert masks["force-random"].sum() == masks["force"].sum()
+    assert masks["keep-random"].sum() == masks["keep"].sum()
+    assert (masks["keep-unscored"] == masks["keep"]).all()
+    keys = {name: run_keys(Path(f"runs/demo-diffusion/2/{name}")) for name in ["sft", *chosen, *own]}
+    assert keys["keep-unscored"]["anchors"] == "unscored" != keys["keep"]["anchors"]
+    assert all(given["confidence_draws"] == 4 for name, given in keys.items() if name not in own)
+    for name in own:
+        assert keys[name]["data"] == f"data/weak-2/{name}" and not keys[name]["selection"]
     for row in rows[1:]:
         accuracies = recorded(f"demo-diffusion/2/{row['name']}")
         assert row["final"] == [accuracies[-1]] and row["lowest"] == [min(accuracies)]
-    assert Path("runs/demo-diffusion/demo.png").exists()
     assert Path("runs/demo-diffusion/2/sft/report.html").exists()
 
 
@@ -167,7 +171,7 @@ def test_differences_are_paired_and_their_interval_is_students_t():
 
 @pytest.mark.parametrize("keys, message", [
     (dict(student="bert"), "must be autoregressive or diffusion"),
-    (dict(world="moon"), "must be slips or facts"),
+    (dict(world="moon"), "must be slips or facts or weak"),
     (dict(seeds="1,1"), "different whole numbers"),
     (SMALL | dict(seeds="99"), "toy-99"),
 ])  # fmt: skip

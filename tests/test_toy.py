@@ -115,10 +115,10 @@ def test_the_student_slips_in_what_it_carries_and_has_its_own_words():
     n = len(words)
     # one in ten random digits is the right one
     assert within(sum(slips), n, toy.WORLDS["slips"].slip_rate * 0.9)
-    assert within(sum(word in toy.FAMILIAR for word in words), n, toy.FAMILIAR_RATE)
+    assert within(sum(word in toy.FAMILIAR for word in words), n, toy.WORLDS["slips"].familiar_rate)
     assert within(sum(word in toy.TEACHER for word in words), n, toy.TEACHER_RATE)
     for word in toy.FAMILIAR:
-        assert within(words.count(word), n, toy.FAMILIAR_RATE / 4)
+        assert within(words.count(word), n, toy.WORLDS["slips"].familiar_rate / 4)
     assert 0.6 < right / 3000 < 0.8  # good, with something to learn
 
 
@@ -130,7 +130,7 @@ def test_in_the_facts_world_24_products_are_guessed_and_all_else_is_computed():
     rng = random.Random(5)
     guesses = []
     for problem in problems(5000):
-        steps, _ = parse(toy.student_trace(rng, problem, slip_rate=0.02, unknown=unknown))
+        steps, _ = parse(toy.student_trace(rng, problem, toy.WORLDS["facts"], unknown=unknown))
         for _, a, operator, b, result in steps:
             if operator == "*" and (a, b) in unknown:
                 guesses.append(result == toy.apply(operator, a, b))
