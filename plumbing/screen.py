@@ -44,6 +44,23 @@ def status(name, total, what="answers"):
     return show if sys.stdout.isatty() else None
 
 
+def explain(accuracy, failed):
+    """A sentence if a low accuracy is a matter of format rather than ability, else "".
+
+    failed: what eval.rates returns. Worth reading before pass 1 is paid for.
+    """
+    causes = []
+    if failed["thoughts_unclosed"] > 0.2:
+        causes.append(f"{failed['thoughts_unclosed']:.0%} never ended their thoughts")
+    if failed["truncated"] > 0.2:
+        causes.append(f"{failed['truncated']:.0%} were cut off (raise --max_new_tokens)")
+    if failed["unparsed"] > 0.2:
+        causes.append(f"{failed['unparsed']:.0%} gave no answer that could be read (data.py --verifier)")
+    if accuracy >= 0.5 or not causes:
+        return ""
+    return f"accuracy {accuracy:.3f}: of the answers {', '.join(causes)}: format, not only ability"
+
+
 # -------------------------------------------------------------------------------------------------
 # The run, once
 
@@ -198,6 +215,11 @@ class Progress:
                 f"warning: the tokens that stay in the loss have an NLL of only {kept:.3f} at step "
                 "0: the student knows them already, and there is almost nothing to learn"
             )
+        # a student that cannot be read has no accuracy to fall: better known before pass 1 than after
+        if recorded["step"] == 0 and "answers" in recorded:
+            why = explain(recorded["accuracy"], recorded["answers"])
+            if why:
+                rewrite(f"warning: {why}")
 
     def end(self, step, finished):
         """The last line: how far it came, and where its checkpoint is."""

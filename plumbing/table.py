@@ -12,7 +12,7 @@ from pathlib import Path
 
 import intervals
 from plumbing.config import whole_file, write_json
-from plumbing.screen import say
+from plumbing.screen import explain, say
 from sampling import Sampling
 from verify import THOUGHTS
 
@@ -117,20 +117,3 @@ def tell(name, summary, rows):
             f"{name}: {undecided} answers are formulas that only math-verify can compare; "
             "they count as wrong: pip install math-verify"
         )
-
-
-def explain(accuracy, failed):
-    """A sentence if a low accuracy is a matter of format rather than ability, else "".
-
-    failed: what `rates` returns. Worth reading before pass 1 is paid for.
-    """
-    causes = []
-    if failed["thoughts_unclosed"] > 0.2:
-        causes.append(f"{failed['thoughts_unclosed']:.0%} never ended their thoughts")
-    if failed["truncated"] > 0.2:
-        causes.append(f"{failed['truncated']:.0%} were cut off (raise --max_new_tokens)")
-    if failed["unparsed"] > 0.2:
-        causes.append(f"{failed['unparsed']:.0%} gave no answer that could be read (--verifier)")
-    if accuracy >= 0.5 or not causes:
-        return ""
-    return f"accuracy {accuracy:.3f}: of the answers {', '.join(causes)}: format, not only ability"

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from worlds import KEYS
 
+import train
 from plumbing import screen
 
 ROOT = Path(__file__).parent.parent
@@ -56,3 +57,12 @@ def test_the_status_line_says_of_which_step_the_accuracy_is(capsys):
     shown.record({"step": 4, "accuracy": 0.25, "nll": 1.0, "seconds": 1.0})
     shown.step(done, 1e-5, 1.0, {})
     assert "| accuracy 0.250 at step 4 |" in capsys.readouterr().out
+
+
+def test_a_student_whose_answers_cannot_be_read_is_said_at_step_0(here, capsys):
+    """An untrained student writes noise up to the limit: format, before pass 1 is paid for. And said once."""
+    train.main(run="noise", **KEYS | dict(steps=3, eval_data=""))
+    lines = capsys.readouterr().out.splitlines()
+    at = [i for i, line in enumerate(lines) if "were cut off (raise --max_new_tokens)" in line]
+    assert len(at) == 1 and lines[at[0]].startswith("warning: accuracy 0.")
+    assert lines[at[0] - 1].startswith("recorded step 0") and "format, not only ability" in lines[at[0]]
