@@ -29,7 +29,7 @@ from plumbing.config import InputError, above, command, read_json, require, whol
 from plumbing.engine import Server, ask_all, read_samples, seed_of
 from plumbing.parallel import pick_device, pick_dtype
 from sample import ends_and_size, sample
-from sampling import Sampling, check_ranges, sampling_keys
+from sampling import Sampling, check_greedy, check_ranges, sampling_keys
 from verify import VERIFIERS, judge, opens_thoughts, unmatchable
 
 
@@ -161,7 +161,7 @@ def read_prompts(path, verifier):
 def main(**given):
     """Write the traces and the report -> {prompt id: (teacher, trace)}."""
     cfg = Config(**given)
-    check(cfg)
+    check(cfg, given)
     prompts = read_prompts(cfg.source, cfg.verifier)
     known = {prompt.id for prompt in prompts}
     files = teachers(cfg)
@@ -193,7 +193,7 @@ def main(**given):
     return drawn
 
 
-def check(cfg):
+def check(cfg, given):
     for key in ("source", "out"):
         if not getattr(cfg, key):
             raise InputError(f"--{key} is missing (--help lists the keys)")
@@ -208,6 +208,7 @@ def check(cfg):
         timeout=(above(0), None),
     )
     check_ranges(cfg)
+    check_greedy(given, cfg)
 
 
 def teachers(cfg):

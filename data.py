@@ -107,9 +107,8 @@ def write_arrays(cfg, render, out):
         open(out / "tokens.bin", "wb") as tokens,
         open(out / "examples.jsonl", "w", encoding="utf-8") as examples,
     ):
-        for example in read_examples(
-            cfg.source, parse_columns(cfg.columns), cfg.ignore.split(","), unread
-        ):
+        columns = parse_columns(cfg.columns)
+        for example in read_examples(cfg.source, columns, cfg.ignore.split(","), unread):
             try:
                 prompt, response = render(example)
                 prompt_ids, response_ids = render.encode(prompt, response)
@@ -120,10 +119,7 @@ def write_arrays(cfg, render, out):
             if not tally.count(example, prompt, response, too_long):
                 continue
             np.array(prompt_ids + response_ids, dtype="<u4").tofile(tokens)
-            line = {"id": example.id, "answer": example.answer}
-            if opens_thoughts(prompt):  # so an answer that is cut off is all thoughts
-                line["thinking"] = True
-            examples.write(json.dumps(line, ensure_ascii=False) + "\n")
+            examples.write(json.dumps(line_of(example, prompt), ensure_ascii=False) + "\n")
             spans.append((end, end + len(prompt_ids), end + len(prompt_ids) + len(response_ids)))
             end = spans[-1][2]
     if not spans:
@@ -131,9 +127,22 @@ def write_arrays(cfg, render, out):
         why += f", {tally.counts['not_correct']} not correct" if cfg.require_correct else ""
         raise InputError(f"{cfg.source}: no usable example ({why})")
     np.save(out / "spans.npy", np.array(spans, dtype=np.int64))
-    meta = {
+    return describe(cfg, render, spans, tally), tally, unread
+
+
+def line_of(example, prompt):
+    """An example's line of examples.jsonl."""
+    line = {"id": example.id, "answer": example.answer}
+    if opens_thoughts(prompt):  # so an answer that is cut off is all thoughts
+        line["thinking"] = True
+    return line
+
+
+def describe(cfg, render, spans, tally):
+    """meta.json: what the arrays are made from, and how."""
+    return {
         "n_examples": len(spans),
-        "n_tokens": end,
+        "n_tokens": spans[-1][2],
         "too_long": tally.counts["too_long"],
         "max_tokens": cfg.max_tokens,
         "verifier": cfg.verifier,
@@ -144,7 +153,6 @@ def write_arrays(cfg, render, out):
         "counts": dict(tally.counts),
         "command": sys.argv,
     }
-    return meta, tally, unread
 
 
 def check_answer(answer, verifier):

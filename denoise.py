@@ -52,6 +52,7 @@ def resolve_decoding(config, prompts, sampling, eos_ids=None, vocab_size=None, a
     check_sampling(config, prompts, sampling)
     is_block_model = config.attention == "block"
     rule = Decoding(**sampling_keys(sampling))
+    # LLaDA2 was trained on one block length, LLaDA on none: its public default is 32
     if not rule.block_length:
         default = config.block_length if is_block_model else min(32, rule.max_new_tokens)
         rule.block_length = default
@@ -68,11 +69,13 @@ def resolve_decoding(config, prompts, sampling, eos_ids=None, vocab_size=None, a
     check_together(config, rule)
     check_room(config, prompts, rule.max_new_tokens if answer else 0)
 
+    # a tokenizer may lack an end-of-turn
     eos_ids = config.eos_token_ids if eos_ids is None else eos_ids
     rule.eos_ids = [i for i in eos_ids if i is not None]
     rule.vocab_size = vocab_size or config.vocab_size
     if is_block_model and rule.remasking == "low_confidence":
         rule.threshold = rule.threshold or 0.95
+    # passes are shared out evenly over the blocks, and tokens over the passes of a block
     blocks = -(-rule.max_new_tokens // rule.block_length)
     steps = rule.denoising_steps or blocks * rule.block_length
     if steps < blocks or steps % blocks:
@@ -113,6 +116,7 @@ def check_together(config, rule):
 
 def check_room(config, prompts, max_new_tokens):
     """Raise InputError for a prompt that leaves no room for the answer in the model's context."""
+    # beyond its context a model answers too, and badly: rotary embeddings know no end
     context = config.max_position_embeddings  # 0: unknown
     for number, prompt in enumerate(prompts):
         if 0 < context < len(prompt) + max_new_tokens:
@@ -128,6 +132,7 @@ def end_of_text(config, eos_ids):
     It is the one with which LLaDA's and LLaDA2's answers are padded. An answer must still be able
     to end when end-of-text is forbidden (LLaDA's logits_eos_inf), by its end-of-turn.
     """
+    # the ids have no names here: padding is what tells them apart
     if config.pad_token_id in eos_ids:
         return [config.pad_token_id]
     own = [i for i in config.eos_token_ids if i in eos_ids]
@@ -146,34 +151,19 @@ def warn(text):
 
 
 def write_in_blocks(
-    model,
-    prompts,
-    sampling,
-    *,
-    example_ids=None,
-    eos_ids=None,
-    vocab_size=None,
-    use_cache=True,
-    rows=None,
-    finished=None,
+    model, prompts, sampling, *, example_ids=None, eos_ids=None, rows=None, finished=None, **keys
 ):
-    """Answers, lists of ids, `rows` of them at a time. Other arguments as in `sample.sample`."""
+    """Answers, lists of ids, `rows` of them at a time. Other arguments as in `sample.sample`, and
+    those of `generate`."""
     eos_ids = model.config.eos_token_ids if eos_ids is None else eos_ids
     example_ids = list(range(len(prompts)) if example_ids is None else example_ids)
     rows = rows or len(prompts) or 1
     answers = []
     for start in range(0, len(prompts), rows):
         batch = prompts[start : start + rows]
-        steps = generate(
-            model,
-            batch,
-            sampling,
-            example_ids=example_ids[start : start + rows],
-            eos_ids=eos_ids,
-            vocab_size=vocab_size,
-            use_cache=use_cache,
-        )
-        *_, (canvas, _) = steps
+        keys |= {"example_ids": example_ids[start : start + rows], "eos_ids": eos_ids}
+        # only the last canvas counts: what came before it is for those who watch
+        *_, (canvas, _) = generate(model, batch, sampling, **keys)
         for row, prompt in zip(canvas.tolist(), batch, strict=True):
             written = row[len(prompt) : len(prompt) + sampling.max_new_tokens]
             answers.append(until_end(written, eos_ids))
@@ -233,6 +223,7 @@ def lay_canvas(config, prompts, rule, device, answer=True):
     if config.attention == "block":
         starts = starts // block * block
         ends = -(-ends // block) * block
+    # the longest row decides the width; shorter ones stop being read where they end
     blocks = -(-(ends - starts) // block)
     T = int((starts + blocks * block).max())
 
@@ -242,21 +233,15 @@ def lay_canvas(config, prompts, rule, device, answer=True):
     ids = torch.full((len(prompts), T), behind, device=device)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
+    # padding behind a short row holds masks too, and is nobody's to fill
     within = torch.arange(T, device=device) < ends[:, None]
     return Canvas(ids, (ids == mask_id) & within, lengths, starts, ends)
 
 
 @torch.no_grad()
 def generate(
-    model,
-    prompts,
-    sampling,
-    *,
-    example_ids=None,
-    eos_ids=None,
-    vocab_size=None,
-    use_cache=True,
-    answer=True,
+    model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None,
+    use_cache=True, answer=True,
 ):
     """Fill the masks in each prompt (a list of ids) and a canvas of masks behind it.
 
@@ -278,6 +263,7 @@ def generate(
     block = rule.block_length
     device = next(model.parameters()).device
     canvas = lay_canvas(config, prompts, rule, device, answer)
+    # with full attention all keys change with every token that is written: nothing can be kept
     cached = use_cache and config.attention == "block"
     cache = cache_before(model, canvas, block) if cached else None
     rows = (canvas.starts < canvas.ends).nonzero().squeeze(1)  # which are not finished
@@ -285,12 +271,14 @@ def generate(
         cache.keep_rows(rows)
     number = 0  # which block of theirs
     while len(rows):
+        # rows are at their own places: prompts differ in length
         first = canvas.starts[rows] + number * block  # (b,)
         span = first[:, None] + torch.arange(block, device=device)  # (b, block)
         noise_keys = [(f"{rule.seed} {number}", example_ids[row]) for row in rows.tolist()]
         for written in denoise(model, canvas, rows, span, rule, noise_keys, cache):
             new = torch.zeros_like(canvas.holes)
             new[rows[:, None], span] = written
+            # a copy: the next pass writes into the canvas
             yield canvas.ids.clone(), new
         left = unfinished_rows(canvas, rows, span, rule)  # (b,) bool
         if cache and left.any():
@@ -322,7 +310,7 @@ def cache_before(model, canvas, block):
 def cache_block(model, canvas, rows, span, block, left, cache):
     """Put a finished block into the cache, of those rows that are left, and drop the others."""
     if not left.all():
-        cache.keep_rows(left)
+        cache.keep_rows(left)  # what is finished need not be read any more
     # keys and values made while there were masks are not those of the text: once more
     ids = canvas.ids[rows[left, None], span[left]]
     at_first = torch.zeros_like(rows[left])
@@ -346,6 +334,7 @@ def denoise(model, canvas, rows, span, rule, noise_keys, cache):
     # a row has settled when a pass without masks changed nothing; post: passes without masks
     settled = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     post = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    # the schedule fills the block; only editing goes on after that
     for step in range(len(rule.schedule) + MAX_POST_STEPS * editing):
         ids = canvas.ids[rows[:, None], span]  # (b, block)
         masked = answer & (ids == model.config.mask_token_id)
@@ -355,6 +344,7 @@ def denoise(model, canvas, rows, span, rule, noise_keys, cache):
             unfinished |= ~settled & (post <= MAX_POST_STEPS) & answer.any(1)
         if not unfinished.any():
             return
+        # what is written stays, unless it may be edited: the prompt never is
         asked = (answer if editing else masked) & unfinished[:, None]
         logits = predict(model, canvas, rows, span, rule, cache)  # (b, block, V)
         u = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)
@@ -363,6 +353,7 @@ def denoise(model, canvas, rows, span, rule, noise_keys, cache):
         token, sure = propose(logits[asked], u[asked], rule, model.config)  # (N,) each
         tokens = ids.masked_scatter(asked, token)
         order = p = torch.zeros_like(u).masked_scatter(asked, sure)  # (b, block)
+        # the order decides which proposals stay; those that do not are proposed anew
         if rule.remasking == "random":
             order = shuffled
         elif rule.remasking == "left_to_right":
@@ -390,11 +381,11 @@ def draws(noise_keys, step, span):
 def predict(model, canvas, rows, span, rule, cache):
     """Logits at the positions `span` of the rows, (b, block, V)."""
     config = model.config
-    if cache is not None:
+    if cache is not None:  # the block alone: what is before it lies in the cache
         sight = block_sight(config, span, rule.block_length)
         return model(canvas.ids[rows[:, None], span], positions=span, cache=cache, attention=sight)
     at = torch.arange(canvas.ids.shape[1], device=rows.device)
-    if config.attention == "block":
+    if config.attention == "block":  # nothing behind the block is seen, so nothing is read
         end = span.max() + 1
         sight = block_sight(config, at[None, :end], rule.block_length)
         return model(canvas.ids[rows, :end], attention=sight, logits_at=span)
@@ -403,6 +394,7 @@ def predict(model, canvas, rows, span, rule, cache):
     if not rule.cfg_scale:
         return model(ids, attention="full" if seen.all() else seen, logits_at=span)
     # classifier-free guidance: away from what the model would write without the prompt
+    # prompt blanked out: one batch of twice the rows, since two passes cost more
     blank = torch.where(at < canvas.lengths[rows, None], config.mask_token_id, ids)
     seen = seen.repeat(2, 1, 1, 1)
     both = model(torch.cat([ids, blank]), attention=seen, logits_at=span.repeat(2, 1))
@@ -429,6 +421,8 @@ def propose(logits, u, rule, config):
     (confidence_eos_eot_inf, as it was meant: LLaDA#137).
     """
     logits = logits.double()  # as LLaDA's code: in float32 near ties would turn
+    # LLaDA answers a block's last positions with end-of-text early on, being trained on padding:
+    # that is what both rules are against
     if rule.eos_rule == "never":
         never = end_of_text(config, rule.eos_ids)
         logits[:, [i for i in never if i < logits.shape[1]]] = -torch.inf
@@ -438,6 +432,7 @@ def propose(logits, u, rule, config):
         rest = logits.clone()
         rest[:, ends] = -torch.inf
     logp = rest.log_softmax(-1)
+    # after the softmax: LLaDA's confidence counts what cannot be proposed
     logits[:, config.mask_token_id] = -torch.inf
     logits[:, rule.vocab_size :] = -torch.inf
     token = next_token(logits, u, rule)
@@ -451,6 +446,7 @@ def commit(order, masked, count, threshold):
     the leftmost. (LLaDA2's >; Fast-dLLM's >= differs at exactly the threshold.)
     """
     order = order.masked_fill(~masked, -torch.inf)
+    # ranks rather than topk: with ties topk may take any of them
     best_first = order.argsort(dim=-1, descending=True, stable=True)
     rank = best_first.argsort(dim=-1)
     chosen = masked & (rank < count)

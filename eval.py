@@ -84,24 +84,14 @@ class Config(Sampling):
 
 
 def evaluate(
-    model,
-    tokenizer,
-    data,
-    sampling,
-    indices=None,
-    samples=1,
-    batch_size=64,
-    progress=None,
-    verifier="",
-    kept=None,
-    keep=None,
+    model, tokenizer, data, sampling, indices=None, samples=1, batch_size=64,
+    progress=None, verifier="", kept=None, keep=None,
 ):
     """Let the model answer problems of a data.Data, and grade the answers -> (accuracy, rows).
 
     sampling  a sampling.Sampling
-    indices   which problems; default: all
-    samples   answers per problem
-    progress  called with the number of answers that are written, of all processes together
+    indices   which problems; default: all. samples: answers to each
+    progress  called with the number of answers written by all processes together
     verifier  how answers are read; default: as the data says
     kept      {(id, sample): answer} that are there already, and are not sampled again
     keep      called with each new answer as soon as it is finished
@@ -110,7 +100,7 @@ def evaluate(
     problem side by side: {"id", "sample", "response", "extracted", "answer", "correct", "thoughts",
     "truncated", "n_tokens"}, and "undecided": True where only math-verify, which is not installed,
     could have told. Of several processes each writes its share of the answers, and all return all
-    of them. Raises InputError for a problem without an answer that a response can match.
+    of them. Raises InputError as `questions` does.
     """
     asked = questions(data, indices, samples, verifier)
     # what a killed evaluation has left behind is not sampled again
@@ -121,11 +111,7 @@ def evaluate(
     done = len(asked) - len(missing)
 
     def finished(number, ids):
-        answer = {"id": data.examples[mine[number][0]]["id"], "sample": mine[number][1]}
-        answer["response"] = tokenizer.decode(ids)
-        # an end of text does not count as an id, so an answer of full length has none
-        answer["truncated"] = len(ids) == sampling.max_new_tokens
-        answer["n_tokens"] = len(ids)
+        answer = as_answer(tokenizer, name_of(data, mine[number]), ids, sampling.max_new_tokens)
         written.append(answer)
         if keep:  # on disk at once: a kill loses only the answers that are being written
             keep(answer)
@@ -133,22 +119,26 @@ def evaluate(
             progress(min(done + len(written) * world_size(), len(asked)))
 
     written = []
+    prompts = [data.prompt(i).tolist() for i, _ in mine]
     with in_step(model):  # a forward pass of a sharded model needs every process
-        sample(
-            model,
-            [data.prompt(i).tolist() for i, _ in mine],
-            sampling,
-            batch_size=batch_size,
-            # the name decides what is drawn: it must not depend on how the work is shared
-            example_ids=[f"{data.examples[i]['id']} {number}" for i, number in mine],
-            finished=finished,
-            **ends_and_size(model, tokenizer),
-        )
+        # the name decides what is drawn: it must not depend on how the work is shared
+        names = [" ".join(map(str, name_of(data, question))) for question in mine]
+        keys = {"example_ids": names, **ends_and_size(model, tokenizer)}
+        sample(model, prompts, sampling, batch_size=batch_size, finished=finished, **keys)
     # every process returns all answers, so that all of them go on with the same accuracy
     for part in gather(written):
         answers |= {(answer["id"], answer["sample"]): answer for answer in part}
     rows = grade_all(tokenizer, data, asked, answers, verifier)
     return float(np.mean([row["correct"] for row in rows])), rows
+
+
+def as_answer(tokenizer, name, ids, max_new_tokens):
+    """Ids that were sampled for `name`, (id of the problem, number of the sample), as a dict."""
+    answer = {"id": name[0], "sample": name[1], "response": tokenizer.decode(ids)}
+    # an end of text does not count as an id, so an answer of full length has none
+    answer["truncated"] = len(ids) == max_new_tokens
+    answer["n_tokens"] = len(ids)
+    return answer
 
 
 def questions(data, indices, samples, verifier=""):
@@ -299,29 +289,35 @@ def main(**given):
         results = {}
         # one model in memory at a time
         for job in jobs:
-            started = time.time()
             if job.samples:
-                # no model, hence no tokenizer: the text is all there is
-                rows = grade_all(
-                    None,
-                    problems,
-                    questions_in(problems, files[job.name]),
-                    files[job.name],
-                    cfg.verifier,
-                )
-                summary = summary_of(cfg, job, problems, rows, time.time() - started, twins)
-                on_process_0(
-                    lambda job=job, rows=rows, summary=summary: save(job.out, rows, summary)
-                )
+                result = result_of_file(cfg, job, problems, files[job.name], twins)
             else:
-                rows, others, store = answer(cfg, job, problems, indices, device)
-                summary = summary_of(cfg, job, problems, rows, time.time() - started, twins)
-                # last of all the summary: where it is, the evaluation is complete
-                store.finish(rows, others, summary)
-            results[job.name] = (summary, rows)
+                result = result_of_model(cfg, job, problems, indices, device, twins)
+            results[job.name] = result
         if rank() == 0:
             show_results(cfg, jobs, results, twins)
     return results
+
+
+def result_of_file(cfg, job, problems, answers, twins):
+    """Grade the answers of another engine, and write them -> (summary, rows)."""
+    started = time.time()
+    asked = questions_in(problems, answers)
+    # no model, hence no tokenizer: the text is all there is
+    rows = grade_all(None, problems, asked, answers, cfg.verifier)
+    summary = summary_of(cfg, job, problems, rows, time.time() - started, twins)
+    on_process_0(lambda: save(job.out, rows, summary))
+    return summary, rows
+
+
+def result_of_model(cfg, job, problems, indices, device, twins):
+    """Let a model answer, grade, and write -> (summary, rows)."""
+    started = time.time()
+    rows, others, store = answer(cfg, job, problems, indices, device)
+    summary = summary_of(cfg, job, problems, rows, time.time() - started, twins)
+    # last of all the summary: where it is, the evaluation is complete
+    store.finish(rows, others, summary)
+    return summary, rows
 
 
 def answer(cfg, job, problems, indices, device):

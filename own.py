@@ -24,7 +24,7 @@ from hf.tokenizer import load_tokenizer
 from model import load
 from plumbing.config import InputError, command, require, whole_file
 from plumbing.parallel import pick_device, pick_dtype
-from sampling import Sampling
+from sampling import Sampling, check_greedy
 
 
 @dataclass
@@ -51,6 +51,7 @@ def main(**given):
         if not getattr(cfg, key):
             raise InputError(f"--{key} is missing (--help lists the keys)")
     require(cfg, samples=(1, None), batch_size=(1, None))
+    check_greedy(given, cfg)
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     folder = local_folder(at_revision(cfg.model, cfg.revision))

@@ -14,6 +14,7 @@ train.py call it. What the keys of `Sampling` do to a distribution is in samplin
 Shapes: B rows, T tokens of a row, V vocabulary. Next: denoise.py.
 """
 
+import itertools
 import sys
 from dataclasses import dataclass
 
@@ -47,16 +48,8 @@ class Config(Sampling):
 
 
 def sample(
-    model,
-    prompts,
-    sampling,
-    *,
-    example_ids=None,
-    eos_ids=None,
-    vocab_size=None,
-    batch_size=64,
-    progress=None,
-    finished=None,
+    model, prompts, sampling, *, example_ids=None, eos_ids=None, vocab_size=None,
+    batch_size=64, progress=None, finished=None,
 ):
     """Answer each prompt (a list of ids) -> ids for each, up to and without an end-of-text id.
 
@@ -81,6 +74,7 @@ def sample(
     answers = [None] * len(prompts)
     done = 0
 
+    # in the caller's order again, although answers end in any order
     def keep(number, ids):
         nonlocal done
         done += 1
@@ -117,16 +111,8 @@ def ends_and_size(student, tokenizer):
 
 @torch.no_grad()
 def write_left_to_right(
-    model,
-    prompts,
-    sampling,
-    *,
-    example_ids,
-    eos_ids,
-    vocab_size=None,
-    heard=None,
-    rows=None,
-    finished=None,
+    model, prompts, sampling, *, example_ids, eos_ids, vocab_size=None,
+    rows=None, finished=None, heard=None,
 ):
     """Answers, lists of ids, `rows` of them at a time. Other arguments as in `sample`.
 
@@ -143,7 +129,8 @@ def write_left_to_right(
     batch = Rows(model, prompts, answers, sampling, rows)
     while waiting or batch.slots:
         room = rows - len(batch.slots)
-        # prompts are read several at once, which costs less than one by one
+        # prompts are read several at once, which costs less than one by one; but rows that wait for
+        # company write nothing meanwhile, so an eighth of the batch is enough
         if waiting and (not batch.slots or room >= max(1, rows // 8)):
             new, waiting = waiting[:room], waiting[room:]
             batch.read(new, [example_ids[i] for i in new])
@@ -151,7 +138,7 @@ def write_left_to_right(
         done = []
         for row, one in enumerate(token.tolist()):
             i = batch.slots[row]
-            if one not in eos_ids:
+            if one not in eos_ids:  # the end is no part of the answer
                 answers[i].append(one)
                 if heard:
                     heard(i, one)
@@ -180,7 +167,9 @@ class Rows:
         self.seed = sampling.seed
         n = sampling.max_new_tokens
         self.device = next(model.parameters()).device
+        # allocated once at its largest: growing it would copy it for every token
         self.cache = Cache(model.config, rows, max(map(len, prompts)) + n)
+        # float64: a uniform is compared with sums of up to 150,000 probabilities
         self.u = torch.zeros(rows, n, dtype=torch.float64, device=self.device)
         self.slots = []
         self.logits = None
@@ -207,6 +196,7 @@ class Rows:
         last = len(self.slots) - 1
         self.slots[row] = self.slots[last]
         self.slots.pop()
+        # no gap is left, so that the model reads the first rows and never a list of them
         # only this one row is copied, whatever the batch
         for part in (self.u, token, *self.cache.k, *self.cache.v):
             part[row] = part[last]
@@ -234,6 +224,7 @@ def read_prompts(model, prompts, cache, first=0):
     ids = torch.zeros(len(prompts), lengths.max(), dtype=torch.int64)  # (B, T)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
+    # the caller sorted them by length, so neighbours are of about the same
     parts = []
     end = 0
     while end < len(prompts):  # prompts of about the same length together: less padding to compute
@@ -242,6 +233,7 @@ def read_prompts(model, prompts, cache, first=0):
             end += 1
         cache.rows = slice(first + start, first + end)
         part = ids[start:end, : lengths[start:end].max()].to(device)
+        # logits of one position only: those of a whole prompt would be its length times as large
         parts.append(model(part, cache=cache, logits_at=lengths[start:end].to(device) - 1))
     return torch.cat(parts)
 
@@ -269,6 +261,7 @@ def main(**given):
     folder = local_folder(at_revision(cfg.model, cfg.revision))
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
+    # without a template a second turn cannot be told from the first
     if cfg.chat and not tokenizer.template:
         raise InputError(
             f"{folder}: no chat template, so there is no --chat=true; ask with --prompt"
@@ -283,6 +276,7 @@ def main(**given):
     answer = ""
     turns = []
     for question in questions(cfg):
+        # gaps are filled in the text itself, which is no turn of a conversation
         if cfg.mask_word and cfg.mask_word in question:
             answer = fill_in(student, tokenizer, question, cfg)
             continue
@@ -317,7 +311,7 @@ def next_line():
 
 def speak(student, tokenizer, turns, cfg):
     """Answer the last of the turns -> its text; a terminal shows it while it is being written."""
-    prompt = tokenizer.encode_prompt(turns)
+    prompt = tokenizer.encode_prompt(turns)  # all turns anew: a template may change earlier ones
     known = ends_and_size(student, tokenizer)
     terminal = sys.stdout.isatty()
     if student.config.is_diffusion and terminal:
@@ -327,7 +321,7 @@ def speak(student, tokenizer, turns, cfg):
     else:
         [answer] = sample(student, [prompt], cfg, example_ids=[0], **known)
     text = tokenizer.decode(answer)
-    if not terminal:
+    if not terminal:  # a terminal has seen it already
         print(text, flush=True)
     return text
 
@@ -365,7 +359,7 @@ def stream(student, tokenizer, prompt, cfg, known):
     def show(row, token):
         nonlocal shown
         ids.append(token)
-        # the rest of a character may come with the next token
+        # decoded from the start, since the rest of a character may come with the next token
         text = tokenizer.decode(ids).rstrip("\ufffd")
         print(printable(text[len(shown) :]), end="", flush=True)
         shown = text
@@ -383,6 +377,7 @@ def draw(student, tokenizer, prompt, cfg, known, answer=True):
     shown = len(prompt) if answer else 0  # from here on
     mask_id = student.config.mask_token_id
     passes = written = 0
+    # the alternate screen: what was on the terminal before is not overwritten
     print("\x1b[?1049h", end="")
     try:
         for canvas, new in generate(student, [prompt], cfg, answer=answer, **known):
@@ -403,18 +398,19 @@ def draw(student, tokenizer, prompt, cfg, known, answer=True):
     return ids
 
 
+PLAIN, GREEN, GREY = 0, 32, 90  # a terminal's codes (SGR)
+
+
 def paint(tokenizer, ids, new, mask_id):
     """The canvas as text: a shade for every mask, and what is new in green."""
-    kind = torch.where(ids == mask_id, 2, new.long()).tolist()
+    colours = torch.where(ids == mask_id, GREY, torch.where(new, GREEN, PLAIN)).tolist()
     parts = []
-    at = 0
-    while at < len(ids):  # runs of equal kind together: a character may be cut over two tokens
-        end = at + 1
-        while end < len(ids) and kind[end] == kind[at]:
-            end += 1
-        text = "░" * (end - at) if kind[at] == 2 else printable(tokenizer.decode(ids[at:end]))
-        parts.append(f"\x1b[{(0, 32, 90)[kind[at]]}m{text}\x1b[0m")
-        at = end
+    # runs of one colour together: a character may be cut over two tokens
+    pairs = zip(colours, ids.tolist(), strict=True)
+    for colour, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        run = [token for _, token in run]
+        text = "░" * len(run) if colour == GREY else printable(tokenizer.decode(run))
+        parts.append(f"\x1b[{colour}m{text}\x1b[0m")
     return "".join(parts)
 
 

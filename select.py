@@ -79,7 +79,7 @@ def find_bottleneck(curve, smooth=0, what="train accuracy"):
     return steps[lowest]
 
 
-def falls(trajectory, response, spans):
+def falls(trajectory, response, response_spans):
     """How far the falling tokens have fallen: {step: (examples,) nats, summed over each response}.
 
     Per response token that is the label-free curve:
@@ -94,7 +94,7 @@ def falls(trajectory, response, spans):
         change = confidence(trajectory, step, response) - start
         # min(0, .): a mean of all changes would hide the fall, since anchors rise by more than the
         # others fall. One sum per example, because examples are what the bootstrap draws
-        fallen[step] = np.add.reduceat(np.minimum(0, change), spans[:, 0])
+        fallen[step] = np.add.reduceat(np.minimum(0, change), response_spans[:, 0])
     return fallen
 
 
@@ -116,13 +116,13 @@ def find_label_free_bottleneck(curve, smooth=0):
 # -------------------------------------------------------------------------------------------------
 # 2. The rule
 #
-# rule(moved, start, spans, rng) -> (n,) bool, True: the token leaves the loss (kind keep), or is
-# always masked (kind force). Or (n,) floats: the weight that each token keeps in the loss, 0 leaves.
+# rule(moved, start, response_spans, rng) -> (n,) bool, True: the token leaves the loss (kind keep),
+# or is always masked (kind force). Or (n,) floats: its weight in the loss, where 0 leaves.
 #
-#   moved  (n,) bool, what T3S takes: the imitation anchors (keep), the yet-to-learn tokens (force)
-#   start  (n,) confidence at step 0, nats
-#   spans  (examples, 2) first and last + 1 of each example's response in these arrays
-#   rng    numpy generator, seeded with --seed
+#   moved           (n,) bool, what T3S takes: the imitation anchors (keep), the yet-to-learn tokens (force)
+#   start           (n,) confidence at step 0, nats
+#   response_spans  (examples, 2) first and last + 1 of each response, in these arrays
+#   rng             numpy generator, seeded with --seed
 #
 # A control asks: is it these tokens, or would as many others do? So each but dft takes as many as
 # T3S does (`moved.sum()`), and differs in nothing but the choice.
@@ -136,35 +136,35 @@ def find_label_free_bottleneck(curve, smooth=0):
 #   ids      (n,) token ids
 
 
-def t3s(moved, start, spans, rng):
+def t3s(moved, start, response_spans, rng):
     """Paper, 4.1: all imitation anchors leave the loss; all yet-to-learn tokens are masked."""
     # why the two groups apart: their gradients oppose each other, and the anchors' dominate early
     return moved
 
 
-def random(moved, start, spans, rng):
+def random(moved, start, response_spans, rng):
     """Control: as many tokens of each example as T3S takes there."""
     # shuffled within the example, or a control would also change how much each example counts
-    return np.concatenate([rng.permutation(moved[a:b]) for a, b in spans])
+    return np.concatenate([rng.permutation(moved[a:b]) for a, b in response_spans])
 
 
-def random_file(moved, start, spans, rng):
+def random_file(moved, start, response_spans, rng):
     """Control: as many tokens of the whole file."""
     return rng.permutation(moved)
 
 
-def static_high(moved, start, spans, rng):
+def static_high(moved, start, response_spans, rng):
     """Control: as many tokens, the most confident ones at step 0."""
     # if this did as well, pass 1 and its trajectory could be saved: one forward pass is enough
     return highest(start, moved.sum())
 
 
-def static_low(moved, start, spans, rng):
+def static_low(moved, start, response_spans, rng):
     """Control: as many tokens, the least confident ones at step 0."""
     return highest(-start, moved.sum())
 
 
-def matched_random(moved, start, spans, rng, *, ids):
+def matched_random(moved, start, response_spans, rng, *, ids):
     """Control: the same token identities as T3S takes, at other positions."""
     # anchors are often connectives: if this did as well, a list of words could replace the method
     chosen = np.zeros_like(moved)
@@ -174,33 +174,33 @@ def matched_random(moved, start, spans, rng, *, ids):
     return chosen
 
 
-def retrospective(moved, start, spans, rng, *, gain):
+def retrospective(moved, start, response_spans, rng, *, gain):
     """Control: as many tokens from the other end of T3S's ranking."""
     # ssToken keeps what rose: the same signal with the opposite sign
     return highest(-gain, moved.sum())
 
 
-def loss_high(moved, start, spans, rng, *, low):
+def loss_high(moved, start, response_spans, rng, *, low):
     """Control: as many tokens, those with the highest loss at the bottleneck."""
     return highest(-low, moved.sum())
 
 
-def loss_low(moved, start, spans, rng, *, low):
+def loss_low(moved, start, response_spans, rng, *, low):
     """Control: the lowest loss; as a keep rule, the highest losses are what is trained on."""
     return highest(low, moved.sum())
 
 
-def entropy_high(moved, start, spans, rng, *, entropy):
+def entropy_high(moved, start, response_spans, rng, *, entropy):
     """Control: as many tokens, those where the student is most undecided at the bottleneck."""
     return highest(entropy, moved.sum())
 
 
-def entropy_low(moved, start, spans, rng, *, entropy):
+def entropy_low(moved, start, response_spans, rng, *, entropy):
     """Control: the most decided; as a keep rule, the forking tokens are what is trained on."""
     return highest(-entropy, moved.sum())
 
 
-def dft(moved, start, spans, rng):
+def dft(moved, start, response_spans, rng):
     """Control: weight = probability at step 0, after DFT (arXiv 2508.05629)."""
     # DFT's own weight follows the student as it learns; a mask on disk can only hold the start
     return np.exp(start).astype(np.float32)
@@ -222,7 +222,7 @@ RULES = {
 }
 
 
-def choose(rule, kind, delta, start, spans, tau=0.0, seed=0, **recorded):
+def choose(rule, kind, delta, start, response_spans, tau=0.0, seed=0, **recorded):
     """The selection: (n,) bool, what stays in the loss (keep) or is always masked (force); of a rule
     that gives weights (n,) float32, the weight of each token in the loss.
 
@@ -245,7 +245,7 @@ def choose(rule, kind, delta, start, spans, tau=0.0, seed=0, **recorded):
     # a rule is handed what its signature names and no more, so a new one changes no other
     more = {name: recorded[name] for name in asked_for(rule, recorded)}
     rng = np.random.default_rng(seed)
-    moved = RULES[rule](rose if kind == "keep" else fell, start, spans, rng, **more)
+    moved = RULES[rule](rose if kind == "keep" else fell, start, response_spans, rng, **more)
     if np.issubdtype(moved.dtype, np.floating):
         return moved.astype(np.float32)  # weights say what stays, so there is nothing to turn round
     if moved.dtype != bool or moved.shape != delta.shape:
@@ -321,8 +321,9 @@ def main(**given):
     train_set, tokenizer = selection.load_inputs(cfg, trained, trajectory)
     if cfg.accuracy == "eval":
         trajectory = with_evaluations(cfg.run, trajectory, train_set)
-    response, spans = train_set.response_mask(), response_spans(train_set)
-    curves = bottleneck_curves(trajectory, response, spans, cfg.smooth)
+    response = train_set.response_mask()
+    response_spans = locate_responses(train_set)
+    curves = bottleneck_curves(trajectory, response, response_spans, cfg.smooth)
     step = pick_bottleneck(cfg, curves)
     if cfg.rule == "rrt":  # it moves weights, not tokens: there is nothing to select
         return selection.write_rrt(home, trained, step, out)
@@ -331,10 +332,11 @@ def main(**given):
     delta = confidence(trajectory, step, response) - start
     # tau is in nats and its effect differs from student to student; a share can be compared
     tau = tau_of_share(delta, cfg.share, cfg.kind) if cfg.share else cfg.tau
-    recorded = {"ids": train_set.tokens[response]}
+    ids = train_set.tokens[response]
+    recorded = {"ids": ids}
     if "entropy" in trajectory[step]:
         recorded["entropy"] = trajectory[step]["entropy"][response]
-    picked = choose(cfg.rule, cfg.kind, delta, start, spans, tau, cfg.seed, **recorded)
+    picked = choose(cfg.rule, cfg.kind, delta, start, response_spans, tau, cfg.seed, **recorded)
     if not picked.any():
         raise InputError(
             f"--rule={cfg.rule} --tau={tau:g} selects no token at all; nothing written"
@@ -346,11 +348,21 @@ def main(**given):
     mask[response] = picked
 
     found = {"bottleneck_step": step, "tau": tau}
-    tokens = selection.token_statistics(tokenizer, recorded["ids"], delta, picked, tau, spans)
+    tokens = selection.token_statistics(tokenizer, ids, delta, picked, tau, response_spans)
     stats = {**found, **curves, **tokens}
     origin = {"model": trained["model"], "sha256": train_set.sha256, "command": sys.argv}
     made = {**asdict(cfg), **found, **origin, "tokenizer_hash": tokenizer.hash}
     made |= {key: train_set.meta.get(key) for key in TEMPLATE}
+    write(cfg, out, train_set, mask, stats, made)
+    selection.report(cfg, stats, out)
+    if cfg.export:
+        describe_labels(out / f"labels.{cfg.export_format}", train_set, mask)
+    selection.show_examples(cfg, train_set, tokenizer, response_spans, picked, delta)
+    return out
+
+
+def write(cfg, out, train_set, mask, stats, made):
+    """Make the selection's folder. made: what it was made from and how."""
     # all files or none: a mask without its config.json could be trained on by mistake
     with whole_folder(out) as aside:
         np.save(aside / "mask.npy", mask)
@@ -358,11 +370,6 @@ def main(**given):
         write_json(aside / "config.json", made)
         if cfg.export:
             write_labels(aside, train_set, mask, cfg.export_format)
-    selection.report(cfg, stats, out)
-    if cfg.export:
-        describe_labels(out / f"labels.{cfg.export_format}", train_set, mask)
-    selection.show_examples(cfg, train_set, tokenizer, spans, picked, delta)
-    return out
 
 
 def resolve(given):
@@ -383,7 +390,7 @@ def resolve(given):
     return cfg, home, home / "selection" / name
 
 
-def response_spans(train_set):
+def locate_responses(train_set):
     """(examples, 2): first and last + 1 of each response, counting response tokens only."""
     last = np.cumsum(train_set.spans[:, 2] - train_set.spans[:, 1])
     return np.stack([np.r_[0, last[:-1]], last], axis=1)
@@ -395,7 +402,7 @@ def confidence(trajectory, step, response):
     return trajectory[step]["logprob"][response].astype(np.float64)
 
 
-def bottleneck_curves(trajectory, response, spans, smooth):
+def bottleneck_curves(trajectory, response, response_spans, smooth):
     """Both curves for stats.json: values, the bottleneck that each has, and how certain it is.
 
     null where no accuracy was recorded (data without answers), or where there is no bottleneck.
@@ -410,8 +417,8 @@ def bottleneck_curves(trajectory, response, spans, smooth):
         graded = ~np.isnan([t["correct"] for t in trajectory.values()]).any(0)
         correct = {step: t["correct"][graded] for step, t in trajectory.items()}
         bootstrap = bootstrap_bottleneck(correct, smooth=smooth)
-    fallen = falls(trajectory, response, spans)
-    sizes = spans[:, 1] - spans[:, 0]
+    fallen = falls(trajectory, response, response_spans)
+    sizes = response_spans[:, 1] - response_spans[:, 0]
     label_free = {step: float(parts.sum() / sizes.sum()) for step, parts in fallen.items()}
     return {
         "accuracy": accuracy,

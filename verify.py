@@ -62,6 +62,7 @@ def extract(text, verifier, thinking=False, reference=None):
     """
     if verifier not in VERIFIERS:
         raise InputError(f"unknown verifier {verifier!r}: must be one of {', '.join(VERIFIERS)}")
+    # a thought may try several answers: what counts is what the response comes to
     text = after_thoughts(text, thinking)
     if verifier == "auto":
         found = extract_auto(text, reference)
@@ -73,18 +74,21 @@ def extract(text, verifier, thinking=False, reference=None):
         found = last_match(IN_TEXT, plain(text))
     else:
         found = last_match(BEHIND_ARROW, text)
+    # the limit keeps hostile text cheap to read
     if not found or not found.strip() or len(found) > LONGEST:
         return None
     return found.strip()
 
 
 def extract_auto(text, reference):
+    # surest sign first: who writes a box means it; the last number may be the number of a step
     if "\\boxed" in text:
         return last_boxed(text)
     line = last_hashes(text)
     # "#### Final answer" is a heading: what follows it is the answer
     if line and (not text.rpartition("####")[2].strip()[len(line) :].strip() or is_number(line)):
         return line
+    # a text that answers with a formula is likely to end in another number
     if reference is not None and not is_number(str(reference)):
         return last_match(FORMULA, text)
     return last_match(IN_TEXT, plain(text))
@@ -97,6 +101,7 @@ def last_hashes(text):
 
 
 def last_match(pattern, text):
+    # one pass from the left: a pattern anchored at the end would try every start
     last = None
     for match in pattern.finditer(text):
         last = match
@@ -115,6 +120,7 @@ def last_boxed(text):
             opened.append(brace.end() if brace[1] else None)
         elif brace[0] == "}" and opened:
             start = opened.pop()
+            # of boxes in boxes the innermost, which begins last, as in the usual last_boxed_only
             if start is not None and (last is None or start > last[0]):
                 last = start, brace.start()
     return last and text[last[0] : last[1]]
@@ -127,6 +133,7 @@ def last_boxed(text):
 def after_thoughts(text, thinking=False):
     """What follows the last </think>; all of a text without thoughts; "" if they never end."""
     _, closed, rest = one_spelling(text).rpartition("</think>")
+    # a thought that was begun and cut off holds no answer, whatever numbers stand in it
     opened_again = "<think>" in rest
     if opened_again or (thinking and not closed):
         return ""
@@ -162,6 +169,7 @@ def opens_thoughts(prompt):
 def same(found, answer):
     """Do two answers mean the same? True, False, or None: only math-verify could tell, and it is
     not installed."""
+    # two quantities are compared exactly, and here: math-verify is for what these cannot read
     a, b = read(found), read(answer)
     if a and b:
         return equal_quantities(a, b)
@@ -169,6 +177,7 @@ def same(found, answer):
         return True
     if len(answer) > LONGEST:
         return False
+    # it is lenient: better ask it less than believe it where it drops what matters
     if beyond_algebra(found, answer) or beyond_algebra(answer, found):
         return False
     found, answer = unwrap(found), unwrap(answer)
@@ -201,7 +210,7 @@ def beyond_algebra(one, other):
 def unmatchable(answer, verifier):
     """Why no response can match this reference, or None: so that nobody trains for a grade that
     cannot be had."""
-    answer = str(answer)
+    answer = str(answer)  # JSON has numbers, too
     if not unwrap(answer):
         return "is empty"
     if len(answer) > LONGEST:

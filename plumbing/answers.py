@@ -10,8 +10,8 @@ An answer is {"id", "sample", "response", "truncated", "n_tokens"}. Next: plumbi
 import hashlib
 import json
 import os
-from pathlib import Path
 
+from hf.weights import fingerprint
 from plumbing.config import whole_file, write_json
 from plumbing.parallel import barrier, on_process_0, rank
 from sampling import sampling_keys
@@ -107,10 +107,7 @@ def identity_of(cfg, job, problems, served):
     if served:
         parts |= {"server": served}
     else:
-        # files of other sizes or times are other weights; reading them all would take minutes
-        weights = sorted(Path(job.folder).glob("*.safetensors"))
-        parts["weights"] = [
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights
-        ]
-        parts["dtype"] = cfg.dtype
+        # of what the files hold: a copy of them elsewhere is the same model, another training
+        # that left a file of the same size is not
+        parts |= {"weights": fingerprint(job.folder), "dtype": cfg.dtype}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

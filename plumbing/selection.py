@@ -116,11 +116,11 @@ def bootstrap_bottleneck(parts, sizes=None, smooth=0, draws=1000):
 # Tokens
 
 
-def token_statistics(tokenizer, ids, delta, picked, tau, spans):
+def token_statistics(tokenizer, ids, delta, picked, tau, response_spans):
     """Counts, shares and token tables for stats.json.
 
     ids, delta, picked  (n,) of every response token; picked may be weights
-    spans               (examples, 2) first and last + 1 of each example's response
+    response_spans      (examples, 2) first and last + 1 of each example's response
     """
     anchors = delta > tau
     yet_to_learn = delta < -tau
@@ -135,7 +135,7 @@ def token_statistics(tokenizer, ids, delta, picked, tau, spans):
         "weights": weights,
         "anchors": float(anchors.mean()),
         "yet_to_learn": float(yet_to_learn.mean()),
-        "examples_without_any": int((np.add.reduceat(chosen, spans[:, 0]) == 0).sum()),
+        "examples_without_any": int((np.add.reduceat(chosen, response_spans[:, 0]) == 0).sum()),
         "tau_sweep": tau_sweep(delta),
         "anchor_tokens": token_table(tokenizer, ids, delta, anchors),
         "yet_to_learn_tokens": token_table(tokenizer, ids, delta, yet_to_learn),
@@ -226,12 +226,12 @@ ROSE = (195, 153, 117, 75, 39)
 FELL = (230, 223, 222, 215, 208)
 
 
-def show_examples(cfg, train_set, tokenizer, spans, picked, delta):
-    """Print the first cfg.show responses. spans: (examples, 2), as for a rule of select.py."""
+def show_examples(cfg, train_set, tokenizer, response_spans, picked, delta):
+    """Print the first cfg.show responses. response_spans (examples, 2), as for a rule of select.py."""
     if cfg.show:
         print(explain_colours(cfg.kind))
     for i in range(min(cfg.show, len(train_set))):
-        a, b = spans[i]
+        a, b = response_spans[i]
         text = paint(tokenizer, train_set.response(i), picked[a:b] > 0, delta[a:b], cfg.kind)
         print(f"example {train_set.examples[i]['id']}:\n{text}\n")
 

@@ -133,9 +133,9 @@ def blocks_section(cfg, folder, examples, prompt=64, new_tokens=512):
     answers = {}
 
     def decode(use_cache):
-        [answers[use_cache]] = denoise.write_in_blocks(
-            student, prompts, sampling, use_cache=use_cache, eos_ids=()
-        )
+        steps = denoise.generate(student, prompts, sampling, use_cache=use_cache, eos_ids=())
+        *_, (canvas, _) = steps
+        answers[use_cache] = canvas[0, prompt : prompt + new_tokens].tolist()
 
     repeats = -(-cfg.repeats // 2)
     seconds = taking_turns(repeats, partial(decode, True), partial(decode, False))

@@ -10,9 +10,11 @@ from conftest import ROOT
 from test_diffusion import V, make_student
 from test_sample import COMMAND, PROMPTS
 
+import collect
 import denoise
 import eval as evaluation
 import model
+import own
 import sample
 import train
 from plumbing.config import InputError
@@ -138,3 +140,7 @@ def test_keys_that_greedy_sampling_ignores_are_refused_if_given(tmp_path, monkey
         evaluation.main(model=student, data="data", temperature=0.0, **key)
     with pytest.raises(InputError, match=says):
         train.main(run="r", model=student, data="data", temperature=0.0, **key)
+    with pytest.raises(InputError, match=says):
+        own.main(model=student, data="data", out="own.jsonl", temperature=0.0, **key)
+    with pytest.raises(InputError, match=says):
+        collect.main(source="prompts.jsonl", model=student, out="t.jsonl", temperature=0.0, **key)
