@@ -8,6 +8,10 @@ export GOMP_SPINCOUNT ?= 5000
 demo: .venv/ready
 	.venv/bin/python demo.py
 
+# resumable: after Ctrl-C the same command goes on
+study: .venv/ready
+	.venv/bin/python study.py
+
 test: .venv/ready-dev
 	.venv/bin/ruff check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist worksteal
@@ -28,4 +32,4 @@ bench: .venv/ready-dev
 clean:
 	rm -rf .venv
 
-.PHONY: demo test bench clean
+.PHONY: demo study test bench clean

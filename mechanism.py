@@ -20,7 +20,7 @@ Two more experiments need training, a select.py and a train.py each:
     python select.py --run=sft --tau=0.2 --name=t3s-0.2       # another threshold
     python train.py --run=t3s-8 --selection=runs/sft/selection/t3s-8
 
-Shapes: B rows, T tokens of a row, k groups of tokens. Next: report.py.
+Shapes: B rows, T tokens of a row, k groups of tokens. Next: study.py.
 """
 
 import math

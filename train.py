@@ -82,7 +82,8 @@ class Config(Sampling, Corruption):
     # optimisation
     steps: int = 50  # optimizer steps
     batch_size: int = 64  # examples in an optimizer step, over all processes; 0: all of them
-    lr: float = 1e-5  # peak learning rate of AdamW
+    optimizer: str = "adamw"  # or sgd: plain, without momentum
+    lr: float = 1e-5  # peak learning rate
     schedule: str = "cosine"  # after the warm-up: cosine (to 0) or constant
     warmup_steps: int = 0  # linear from 0
     weight_decay: float = 0.0  # on matrices; never on norms and biases
@@ -414,7 +415,7 @@ def work_done(cfg, batches, device):
 
 
 def make_optimizer(cfg, student):
-    """AdamW; weight decay on matrices only."""
+    """AdamW, or plain SGD to compare with; weight decay on matrices only."""
     # norms and biases are vectors; stacked experts have three dimensions
     matrices = [p for p in student.parameters() if p.dim() > 1]
     others = [p for p in student.parameters() if p.dim() <= 1]
@@ -422,6 +423,9 @@ def make_optimizer(cfg, student):
         {"params": matrices, "weight_decay": cfg.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    # AdamW moves every weight by about lr, however small its gradient is; SGD does not
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.lr)
     betas = (cfg.beta1, cfg.beta2)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, fused=True)
 
@@ -467,6 +471,7 @@ def resolve(given):
     require(
         cfg,
         schedule=("cosine", "constant"),
+        optimizer=("adamw", "sgd"),
         dtype=("float32", "bfloat16"),
         export_dtype=("float32", "bfloat16"),
         beta1=(0, below(1)),

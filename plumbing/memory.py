@@ -138,7 +138,7 @@ def on_cpu(run):
     if state + batch < GIB / 10:
         return ""
     text = (
-        f"memory: about {state / GIB:.2f} GiB for weights, gradients and AdamW, "
+        f"memory: about {state / GIB:.2f} GiB for weights, gradients and the optimizer, "
         f"{batch / GIB:.2f} GiB for a micro-batch of {cfg.micro_batch_size} x {length:,} tokens"
     )
     free = available()
@@ -177,8 +177,9 @@ def plan(cfg, shape, length):
     fixed = {
         "weights: float32, sharded": 4 * shards,
         "gradients: float32, sharded": 4 * shards,
-        "AdamW's two moments: float32, sharded": 8 * shards,
     }
+    if cfg.optimizer == "adamw":
+        fixed["AdamW's two moments: float32, sharded"] = 8 * shards
     blocks = [sum(p.numel() for p in block.parameters()) for block in student.model.layers]
     rest = sum(p.numel() for p in student.parameters()) - sum(blocks)
     if cfg.gpus > 1 or cfg.dtype != "float32":  # else train.py does without FSDP

@@ -62,6 +62,7 @@ FREE = {
 OF_UPDATES = {
     "steps",
     "batch_size",
+    "optimizer",
     "lr",
     "schedule",
     "warmup_steps",
@@ -136,6 +137,9 @@ def lock(folder, wanted=True):
 # A state: written, found, read
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's; plain SGD keeps nothing
+
+
 def tensors(student, optimizer):
     """{name: tensor} of all that an update reads and writes, and the student's buffers.
 
@@ -144,7 +148,7 @@ def tensors(student, optimizer):
     found = dict(student.named_buffers())
     for name, parameter in student.named_parameters():
         found[name] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in MOMENTS if isinstance(optimizer, torch.optim.AdamW) else ():
             found[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     return found
 
@@ -243,12 +247,9 @@ def read_manifest(path):
 
 def load(folder, step, student, optimizer):
     """Fill student and optimizer with the state of `step`, each process its own part."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = {"step": torch.tensor(float(step), device=p.device)}
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
-            optimizer.state[p] = state
+    for p in student.parameters() if isinstance(optimizer, torch.optim.AdamW) else ():
+        moments = {moment: torch.zeros_like(p) for moment in MOMENTS}
+        optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
     path = folder / "resume" / f"{step:06d}"
     reader = HuggingFaceStorageReader(str(path))
     alone = not dist.is_initialized()

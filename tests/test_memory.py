@@ -137,7 +137,7 @@ def test_on_a_cpu_a_run_says_before_it_begins_what_it_takes(here, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: planned["total"] + 1)
     said = memory.on_cpu(run)
     assert said == (
-        f"memory: about {(planned['total'] - batch) / 2**20:.2f} GiB for weights, gradients and AdamW, "
+        f"memory: about {(planned['total'] - batch) / 2**20:.2f} GiB for weights, gradients and the optimizer, "
         f"{batch / 2**20:.2f} GiB for a micro-batch of 100 x {longest} tokens")
     monkeypatch.setattr(memory, "available", lambda: planned["total"] - 40 * planned["all"] - 1)
     assert "warning: more than the" in memory.on_cpu(run) and "--micro_batch_size=59," in memory.on_cpu(run)

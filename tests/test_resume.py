@@ -103,6 +103,14 @@ def test_without_a_state_it_begins_again_and_without_a_run_it_begins(here, capsy
     faults.same("new", "cut")
 
 
+def test_plain_sgd_goes_on_from_the_parameters_alone(here):
+    keys = dict(optimizer="sgd", lr=0.1)
+    train.main(run="whole-sgd", **KEYS | keys)
+    stop_at(5, **keys)
+    train.main(run="cut", resume=True)
+    faults.same("whole-sgd", "cut")
+
+
 def test_an_interrupted_run_goes_on(here, monkeypatch):
     """Ctrl-C saves a state and a checkpoint; the resumed run has neither the extra checkpoint nor a gap."""
     step_of = train.train_step

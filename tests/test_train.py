@@ -89,6 +89,22 @@ def test_two_updates_against_plain_code(here):
         assert (off > 1e-6).float().mean() < 2e-3 and off.max() < 2e-3, name
 
 
+def test_updates_of_plain_sgd_against_plain_code(here):
+    train.main(run="sgd", **SHORT | dict(steps=2, optimizer="sgd", lr=0.3, clip=0.5, schedule="constant", seed=3))
+    train_set = data.load("data/toy-1/teacher")
+    student = model.load("data/toy-1/untrained", dtype=torch.float64)
+    for step in range(2):
+        total, count = brute_force_nll(student, train_set, batches.step_examples(N, 4, step, 3))
+        gradients = torch.autograd.grad(total / count, list(student.parameters()))
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        with torch.no_grad():
+            for p, g in zip(student.parameters(), gradients, strict=True):
+                p -= 0.3 * min(1.0, 0.5 / norm) * g
+    saved = weights("sgd", 2)
+    for name, p in student.named_parameters():
+        assert torch.allclose(saved[name], p.float(), atol=1e-5), name
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 50])
 def test_micro_batches_change_nothing(here, micro_batch_size):
     train.main(run="one", **SHORT | dict(micro_batch_size=3))

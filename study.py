@@ -1,0 +1,357 @@
+"""The study behind docs/CLAIMS.md: T3S and every control, over five students that nobody has chosen.
+
+    make study                             # or: python study.py; 40 to 60 minutes on two CPU cores
+    python study.py --students=21,22       # fewer students
+
+Its plan, written before its first run, is in docs/LOG.md. A row is measured on all students before
+the next row begins. What is finished is in runs/study/table.json at once and is never run again: after
+Ctrl-C, or a kill, the same command goes on. Students that are missing are pretrained (toy.py).
+
+    runs/study/21/<row>/     the runs of student 21, made by the commands that are printed
+    runs/study/table.json    accuracies on unseen problems, in the end and at their lowest
+    runs/study/figures.md    the tables of docs/CLAIMS.md, with intervals of 95 %, paired over students
+    runs/study/*.png         accuracy and loss; gradients; where the bottleneck is put
+
+Next: report.py.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import demo
+import mechanism
+import report
+from plumbing.config import InputError, command, read_json, whole_file, write_json
+from plumbing.runs import records, run_folder
+
+
+@dataclass
+class Config:
+    students: str = "21,22,23,24,25"  # seeds of toy.py, in the world of slips
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan
+
+SETTINGS = dict(steps=36, lr=4e-4, record_every=4, unseen_problems=400)
+LATER = 12  # steps between two recordings of all rows but sft
+
+# row -> keys of select.py
+SELECTIONS = {
+    "t3s": dict(rule="t3s"),
+    "random": dict(rule="random"),
+    "inverse": dict(rule="inverse"),
+    "static_low": dict(rule="static_low"),
+    "static_high": dict(rule="static_high"),
+    "entropy_high": dict(rule="entropy_high"),
+    "t3s-label_free": dict(rule="t3s", bottleneck="label_free"),
+    "t3s-8": dict(rule="t3s", bottleneck="8"),
+    "t3s-36": dict(rule="t3s", bottleneck="36"),
+    "retrospective": dict(rule="retrospective"),
+    "matched_random": dict(rule="matched_random"),
+    "dft": dict(rule="dft"),
+}
+# everything, in the order in which it is run; base is step 0 of sft
+ROWS = (
+    *("sft", "base-greedy", "t3s"),
+    *("random", "inverse", "own-greedy", "static_low", "own-correct", "static_high"),
+    *("rrt", "entropy_high", "t3s-label_free", "t3s-8", "t3s-36"),
+    *("retrospective", "matched_random", "dft"),
+    *("sft-sgd", "t3s-sgd"),
+    "mechanism",
+)
+PRIMARY = ("sft", "base", "random", "static_low", "own-greedy")  # t3s minus these
+SGD_RATES = (0.1, 0.3, 1.0, 3.0)  # chosen from on student 1, which the study does not count
+
+
+# --------------------------------------------------------------------------------------------------
+# One row of one student
+
+
+@dataclass
+class Student:
+    seed: str
+    model: str  # the folder of theta_0
+    same: dict  # keys of train.py that all its runs share
+
+    def run(self, row):
+        return f"study/{self.seed}/{row}"
+
+
+def make_student(seed):
+    """Write a student's world, and pretrain it if it is not there -> Student."""
+    cfg = demo.Config(seeds=seed, pretrain=True, **SETTINGS)
+    demo.check(cfg)
+    folder, same = demo.world(cfg, seed)
+    return Student(seed, folder, same)
+
+
+def measure(row, student):
+    """Run a row on a student -> its accuracies on unseen problems, one per recorded step."""
+    same = student.same
+    if row == "sft":
+        return trained(student, row, model=student.model, save_every=same["record_every"], **same)
+    if row == "base-greedy":
+        return [demo.evaluated(student.model, same, temperature=0.0)]
+    if row == "rrt":
+        folder, _ = demo.select(run=student.run("sft"), rule="rrt")
+        return [demo.evaluated(folder, same)]
+    if row == "mechanism":
+        demo.run(mechanism.main, "mechanism.py", run=student.run("sft"))
+        return []
+    later = dict(record_every=LATER, save_every=0)
+    if row in demo.OWN_ANSWERS:
+        answers = demo.own_answers(student.model, same, row, **demo.OWN_ANSWERS[row])
+        return trained(student, row, model=student.model, **{**same, **later, "data": answers})
+    if row == "sft-sgd":
+        keys = dict(optimizer="sgd", lr=sgd_rate())
+        return trained(student, row, model=student.model, **{**same, **later, **keys})
+    selection = run_folder(student.run("sft")) / "selection" / "t3s"
+    if row == "t3s-sgd":  # all else equal: the tokens that t3s drops
+        keys = dict(optimizer="sgd", lr=sgd_rate())
+        return trained(student, row, selection=str(selection), **{**later, **keys})
+    keys = dict(SELECTIONS[row], run=student.run("sft"), seed=int(student.seed), show=0)
+    selection, _ = demo.select(**demo.named(row, keys))
+    return trained(student, row, selection=str(selection), **later)
+
+
+def trained(student, row, **keys):
+    """As demo.trained; a run that was killed goes on."""
+    return demo.trained(student.run(row), resume=True, **keys).tolist()
+
+
+def sgd_rate():
+    """The learning rate with which SFT of the demo's student 1 ends at the lowest loss."""
+    losses = {}
+    for rate in SGD_RATES:
+        name = f"study/sgd-rate/{rate}"
+        log = run_folder(name) / "log.jsonl"
+        if not log.exists() or last_loss(log)[0] < SETTINGS["steps"]:
+            student = make_student("1")
+            keys = dict(record_every=0, optimizer="sgd", lr=rate, resume=True)
+            same = {**student.same, **keys}
+            demo.run(demo.train.main, "train.py", run=name, model=student.model, **same)
+        losses[rate] = last_loss(log)[1]
+    return min(losses, key=losses.get)
+
+
+def last_loss(log):
+    """-> the last step of a log.jsonl, its loss."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    return steps[-1] if steps else (0, None)
+
+
+# --------------------------------------------------------------------------------------------------
+# All of them
+
+
+def main(**given):
+    """Run what is missing, write tables and pictures -> the rows, as in table.json."""
+    cfg = Config(**given)
+    seeds = demo.check(demo.Config(seeds=cfg.students))
+    home = run_folder("study")
+    done = read_json(home / "table.json")["done"] if (home / "table.json").exists() else {}
+    students = {}
+    missing = [(row, seed) for row in ROWS for seed in seeds if seed not in done.get(row, {})]
+    for i, (row, seed) in enumerate(missing):
+        if seed not in students:
+            students[seed] = make_student(seed)
+        tick = time.time()
+        try:
+            accuracies = measure(row, students[seed])
+        except InputError as error:  # a student may have no bottleneck; the others go on
+            print(f"  {row} of student {seed}: not measured: {error}")
+            continue
+        seconds = round(time.time() - tick, 1)
+        note(done, row, seed, accuracies, seconds)
+        write_json(home / "table.json", {"done": done, "rows": rows_of(done, seeds)})
+        left = remaining(done, missing[i + 1 :])
+        shown = " ".join(f"{a:.2f}" for a in accuracies)
+        print(f"  [{i + 1}/{len(missing)}] {row} of student {seed}: {shown} "
+              f"({seconds:.0f} s; about {left / 60:.0f} min left)", flush=True)
+    rows = rows_of(done, seeds)
+    demo.show(rows, seeds)
+    write_figures(rows, done, seeds)
+    draw(done, seeds)
+    print(f"\n{home / 'figures.md'}, {home / 'table.json'} and {home}/*.png")
+    return rows
+
+
+def note(done, row, seed, accuracies, seconds):
+    done.setdefault(row, {})[seed] = {"accuracies": accuracies, "seconds": seconds}
+    if row == "sft":
+        done.setdefault("base", {})[seed] = {"accuracies": accuracies[:1], "seconds": 0.0}
+
+
+def remaining(done, missing):
+    """Seconds: what a row took so far, or, of rows to come, what the others took."""
+    took = {row: np.mean([one["seconds"] for one in cells.values()]) for row, cells in done.items()}
+    typical = float(np.median([seconds for row, seconds in took.items() if row != "base"]))
+    return sum(took.get(row, typical) for row, _ in missing)
+
+
+def rows_of(done, seeds):
+    """The rows that all students have: [{"name", "final", "lowest"}], as demo.py's tables."""
+    rows = []
+    for name, cells in done.items():
+        if name != "mechanism" and all(seed in cells for seed in seeds):
+            curves = [cells[seed]["accuracies"] for seed in seeds]
+            final = [curve[-1] for curve in curves]
+            rows.append({"name": name, "final": final, "lowest": [min(curve) for curve in curves]})
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def write_figures(rows, done, seeds):
+    """runs/study/figures.md: the rows, the primary comparisons, and what else the claims name."""
+    final = {row["name"]: row["final"] for row in rows}
+    lines = ["| row | " + " | ".join(seeds) + " | mean | minus sft | minus base | t3s minus it |"]
+    lines.append("|---" * (len(seeds) + 5) + "|")
+    for name, values in final.items():
+        cells = [f"{value:.2f}" for value in [*values, np.mean(values)]]
+        pairs = [(values, "sft"), (values, "base")]
+        cells += [minus(ours, final.get(other)) for ours, other in pairs]
+        cells.append(minus(final.get("t3s"), values))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "| figure | " + " | ".join(seeds) + " | mean ± 95 % |"]
+    lines.append("|---" * (len(seeds) + 2) + "|")
+    looked = [look(seed) for seed in seeds if seed in done.get("sft", {})]
+    for name in looked[0] if looked else ():
+        values = [found[name] for found in looked if name in found]
+        cells = [f"{found[name]:.3g}" if name in found else "-" for found in looked]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {minus(values, 0.0)} |")
+    path = run_folder("study") / "figures.md"
+    with whole_file(path) as aside:
+        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def minus(values, others):
+    """Mean paired difference and its interval, as text; "" where one of the two is missing."""
+    if values is None or others is None or len(values) < 2 or values is others:
+        return ""
+    return demo.difference(values, others)
+
+
+def look(seed):
+    """What a student's pass 1 shows, apart from the rows: {figure: number}."""
+    run = run_folder(f"study/{seed}/sft")
+    curve = records(f"study/{seed}/sft")
+    accuracy, steps = curve["eval_accuracy"], curve["step"].tolist()
+    found = {
+        "lowest accuracy of SFT minus base": accuracy.min() - accuracy[0],
+        "step of the lowest accuracy": steps[accuracy.argmin()],
+        "recordings at which the loss rose": int((np.diff(curve["nll"]) > 0).sum()),
+    }
+    if (run / "selection/t3s/stats.json").exists():
+        stats = read_json(run / "selection/t3s/stats.json")
+        found["bottleneck by train accuracy, step"] = stats["bottleneck_step"]
+        if stats["label_free_bottleneck"] is not None:
+            found["label-free bottleneck, step"] = stats["label_free_bottleneck"]
+        found["share of anchors"] = stats["anchors"]
+        found["share of yet-to-learn tokens"] = stats["yet_to_learn"]
+        _, anchors, fell, low = report.bifurcation(f"study/{seed}/sft", run / "selection/t3s")
+        at = steps.index(low)
+        found["anchors at the bottleneck, nats"] = anchors[at]
+        found["yet-to-learn at the bottleneck, nats"] = fell[at]
+        found["yet-to-learn at the end, nats"] = fell[-1]
+    if (run / "mechanism.json").exists():
+        found |= look_at_mechanism(read_json(run / "mechanism.json"))
+    return {name: float(value) for name, value in found.items()}
+
+
+def look_at_mechanism(found):
+    gradients, rrt = found["gradients"], found["rrt"]
+    steps = gradients["steps"]
+    low = steps.index(found["bottleneck_step"])
+    crash = slice(1, low + 1)  # the recordings after step 0, up to the bottleneck
+    harm = found["interventions"]["others_by_anchors"]
+    back = found["interventions"]["anchors_by_others"]
+    accuracy = rrt["accuracy"]
+    changes = found["transfer"]["changes"]
+    return {
+        "below their base confidence at the bottleneck": found["confidence"]["below_base"][low],
+        "below their base confidence at the end": found["confidence"]["below_base"][-1],
+        "norm ratio at step 0": gradients["ratio"][0],
+        "norm ratio, first recording after it": gradients["ratio"][1],
+        "norm ratio at the bottleneck": gradients["ratio"][low],
+        "lowest cosine in the crash": min(gradients["cosine"][crash]),
+        "mean cosine in the crash": np.mean(gradients["cosine"][crash]),
+        "others' loss by an update on anchors, in the crash, nats": np.mean(harm[crash]),
+        "anchors' loss by an update on others, in the crash, nats": np.mean(back[crash]),
+        "lowest group's loss by updates on the highest, nats": changes[-1][0],
+        "highest group's loss by updates on the lowest, nats": changes[0][-1],
+        "RRT at its best s minus base": max(accuracy[1:]) - accuracy[0],
+        "RRT at s = 1 minus base": accuracy[rrt["s"].index(1.0)] - accuracy[0],
+        "projection of the recovery on the damage": rrt["projection"],
+        "cosine of recovery and damage": rrt["cosine"],
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw(done, seeds):
+    """Accuracy and loss with the spread over students; gradients; where the bottleneck is put."""
+    home = run_folder("study")
+    shown = [row for row in ("sft", "t3s", "random", "own-greedy") if row in done]
+    complete = [row for row in shown if all(seed in done[row] for seed in seeds)]
+    groups = {row: [f"study/{seed}/{row}" for seed in seeds] for row in complete}
+    if "sft" in groups:
+        report.figure(groups, groups["sft"], home / "study.png")
+    made = [run_folder(f"study/{seed}/sft") / "mechanism.json" for seed in seeds]
+    if all(path.exists() for path in made):
+        draw_gradients([read_json(path)["gradients"] for path in made], home / "gradients.png")
+    if all(seed in done.get("t3s-36", {}) for seed in seeds):
+        draw_bottlenecks(done, seeds, home / "bottleneck.png")
+
+
+def draw_gradients(found, path):
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    for axis, key in zip(axes, ("ratio", "cosine"), strict=True):
+        values = np.array([one[key] for one in found])
+        report.band(axis, found[0]["steps"], values, report.COLOURS[0], f"{len(values)} students")
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set(title=f"gradients of anchors and others: {key}", xlabel="step of pass 1")
+    axes[0].set_yscale("log")
+    save(fig, axes, path)
+
+
+def draw_bottlenecks(done, seeds, path):
+    """Each student's final accuracy against the step that it was selected at."""
+    fig, axis = plt.subplots(figsize=(5, 3.6), constrained_layout=True)
+    rows = [row for row, keys in SELECTIONS.items() if keys["rule"] == "t3s" and row in done]
+    for colour, seed in zip(report.COLOURS, seeds, strict=False):
+        points = []
+        for row in rows:
+            folder = run_folder(f"study/{seed}/sft") / "selection" / row
+            if seed in done[row]:
+                step = read_json(folder / "config.json")["bottleneck_step"]
+                points.append((step, done[row][seed]["accuracies"][-1]))
+        axis.plot(*zip(*sorted(points), strict=True), ".-", color=colour, label=f"student {seed}")
+    axis.set(title="final accuracy of T3S", xlabel="step that the bottleneck is put at", ylim=(0, 1))
+    save(fig, [axis], path)
+
+
+def save(fig, axes, path):
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    with whole_file(path) as aside:
+        fig.savefig(aside, dpi=130, format="png")
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    # these matrices are too small for more threads
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    command(main, Config)
