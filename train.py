@@ -4,7 +4,7 @@
     python select.py --run=sft --rule=t3s                              # bottleneck, delta, mask
     python train.py --run=t3s --selection=runs/sft/selection/t3s       # pass 2: the rest is pass 1's
     torchrun --nproc_per_node=8 -- train.py --run=...                  # the same, over 8 GPUs
-    python train.py --run=t3s --probe=4 --model=M --data=D             # all three, by a short pass 1
+    python train.py --run=t3s --online=true --model=M --data=D         # all three: online.py
     python train.py --run=sft --resume=true                            # continue: plumbing/resume.py
     python train.py --model=M --dry_run=true --gpus=8                  # memory: plumbing/memory.py
 
@@ -25,12 +25,12 @@ Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP all mean: save and stop, exit code 130 (1 un
 second Ctrl-C stops at once.
 
 theta_step is the student after `step` updates. Shapes: B rows, T tokens of a row.
-Next: batches.py.
+Next: online.py.
 """
 
 import math
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ import torch
 import data
 import diffusion
 import model
+import online
 from batches import micro_batches
 from denoise import resolve_decoding
 from diffusion import Corruption
@@ -51,7 +52,6 @@ from plumbing.config import (
     above,
     below,
     command,
-    load_select,
     require,
     require_given,
 )
@@ -78,7 +78,11 @@ class Config(Sampling, Corruption):
     data: str = ""  # training examples: a folder made by data.py
     selection: str = ""  # pass 2: a folder made by select.py (diffusion students: also two, keep,force)
     eval_data: str = ""  # a second folder made by data.py, on whose problems accuracy is recorded as well
-    probe: int = 0  # T3S in one command: a pass 1 of so many steps, a selection, then pass 2 from theta_0
+    # T3S in one command (online.py)
+    online: str = "false"  # true: a pass 1 that ends itself, selection, pass 2 from theta_0; continue: from there
+    watch: str = ""  # what ends it, the curve that has passed its bottleneck: accuracy (--online's own) or label_free
+    watch_every: int = 5  # steps between two looks at that curve; without --online --record_every's
+    probe: int = 0  # instead of --online: a pass 1 of so many steps, a selection, pass 2 from theta_0
     # optimisation
     steps: int = 50  # optimizer steps
     batch_size: int = 64  # examples in an optimizer step, over all processes; 0: all of them
@@ -152,8 +156,8 @@ def main(**given):
     cfg = resolve(given)
     if cfg.dry_run:
         return memory.dry_run(cfg)
-    if cfg.probe and not cfg.selection:  # a run that is resumed names its selection already
-        cfg.selection = probe(cfg)
+    if online.is_wanted(cfg) and not cfg.selection:  # a resumed run names its selection already
+        cfg = replace(cfg, **online.pass_1(main, cfg))
     run = read_inputs(cfg)
     with resume.lock(run.folder, cfg.lock), run.interrupt:
         finished = train(run)
@@ -161,6 +165,8 @@ def main(**given):
         # an exit code that is not 0: `train.py && select.py` must not go on with half a run
         parallel.end_processes()
         raise KeyboardInterrupt
+    if cfg.online != "false":
+        online.show_costs(cfg)
 
 
 def train(run):
@@ -173,6 +179,7 @@ def train(run):
     lowest = before.lowest
     student, optimizer = run.student, run.optimizer
     shown = screen.Progress(run, before)
+    passed = False
     with resume.Log(folder) as log:
         while True:  # once for each theta_step
             asked = run.interrupt.asked_anywhere(run.device)
@@ -195,6 +202,11 @@ def train(run):
                 shown.record(recorded)
                 lowest = keep_lowest(run, recorded, lowest)
 
+            # a pass 1 that watches for the bottleneck ends behind it
+            if not last and online.is_over(run, step):
+                last = passed = True
+                save_state(run, step)
+
             # once in a while: a checkpoint. An interrupted run leaves one, too: --resume removes it
             if step and (last or due(cfg.save_every, step)):
                 save_checkpoint(run, step)
@@ -216,43 +228,10 @@ def train(run):
             step += 1
     # an interrupted last recording is still pending: all updates are made, but select.py lacks a
     # record. So the run counts as unfinished, and --resume=true completes it
-    finished = step >= cfg.steps and not record_pending
+    finished = (passed or step >= cfg.steps) and not record_pending
     shown.end(step, finished)
     parallel.barrier()  # the first process to exit ends the others: not before all is written
     return finished
-
-
-def probe(cfg):
-    """T3S by a short pass 1 -> the selection's folder: --probe steps of SFT, two sweeps, no answers.
-
-    Nothing is sampled, so no accuracy shows where the bottleneck is: the probe's last step stands
-    for it. The run <run>-probe is made once; a run that is resumed finds it, and continues it if
-    need be.
-    """
-    parallel.start_processes(cfg)  # or each process would look on its own disk only
-    resume.refuse_existing(cfg, run_folder(cfg.run))  # before the probe's steps, not after them
-    name = f"{cfg.run}-probe"
-    folder = run_folder(name) / "selection" / "t3s"
-    if parallel.exists(folder / "mask.npy"):
-        return str(folder)
-    short = {"run": name, "steps": cfg.probe, "probe": 0, "resume": True, "schedule": "constant"}
-    recording_keys = {
-        "record_every": cfg.probe,  # at theta_0 and at the end
-        "record_problems": -1,
-        "eval_data": "",
-        "save_every": 0,
-    }
-    main(**{**asdict(cfg), **short, **recording_keys})
-    # an autoregressive student drops its anchors from the loss; a diffusion student's corruption
-    # always masks the yet-to-learn tokens
-    kind = "force" if families.read_config(local_folder(cfg.model)).is_diffusion else "keep"
-    made = {"run": name, "rule": "t3s", "kind": kind, "bottleneck": str(cfg.probe), "show": 0}
-
-    def choose():
-        load_select().main(**made)
-
-    parallel.on_process_0(choose)
-    return str(folder)
 
 
 def due(every, step):
@@ -466,10 +445,13 @@ def resolve(given):
         inherited = of_pass_1(given, Config)
     cfg = Config(**{**inherited, **given})
 
+    cfg.online = str(cfg.online).lower()  # a notebook may well pass True
     check_greedy(given, cfg)
     require_given(cfg, *(("model",) if cfg.dry_run else ("run", "model", "data")))
     require(
         cfg,
+        online=("false", "true", "continue"),
+        watch=("", "accuracy", "label_free"),
         schedule=("cosine", "constant"),
         optimizer=("adamw", "sgd"),
         dtype=("float32", "bfloat16"),
@@ -479,12 +461,13 @@ def resolve(given):
         gpu_memory_gib=(above(0), None),
     )
     # as words, since fifteen lines of key=(1, None) would hide the few bounds that differ
-    counts = "steps micro_batch_size samples max_new_tokens sample_batch_size keep_resume_states"
+    counts = "steps watch_every micro_batch_size samples max_new_tokens sample_batch_size keep_resume_states"
     require(cfg, **dict.fromkeys([*counts.split(), "timeout", "gpus"], (1, None)))
     require(cfg, record_problems=(-1, None), resume_every=(-1, None))
     never = "probe record_every save_every confidence_draws max_row_tokens"
     sizes = "batch_size lr warmup_steps weight_decay clip seed"
     require(cfg, **dict.fromkeys([*never.split(), *sizes.split()], (0, None)))  # 0: none, or all
+    online.check_keys(cfg, given)
     return cfg
 
 
@@ -526,6 +509,10 @@ def read_inputs(cfg):
 
 def check_recording(cfg, shape, train_set, eval_set):
     """Raises InputError, now and not at step 0, for sampling keys or problems that cannot work."""
+    unanswered = any(example["answer"] is None for example in train_set.examples)
+    if cfg.watch == "accuracy" and (unanswered or cfg.record_problems < 0):
+        why = "not every example has an answer" if unanswered else "--record_problems=-1 asks for none"
+        raise InputError(f"{cfg.data}: {why}, so no accuracy can be watched; use --watch=label_free")
     # problems of the training data may lack answers: then there is no accuracy, only c_t
     if eval_set and any(example["answer"] is None for example in eval_set.examples):
         raise InputError(

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from hf.weights import fingerprint
-from plumbing.config import InputError, read_json, whole_file, write_json
+from plumbing.config import InputError, read_json, whole_file, whole_folder, write_json
 from plumbing.parallel import gather, on_process_0, rank, stop, world_size
 from plumbing.runs import checkpoint, mask_hash
 
@@ -72,6 +72,10 @@ OF_UPDATES = {
     "clip",
     "record_every",
     "save_every",
+    "online",
+    "watch",
+    "watch_every",
+    "probe",
 }
 
 
@@ -297,6 +301,24 @@ def forget(path):
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(path, gone)
         shutil.rmtree(gone)
+
+
+def fork(source, folder, step):
+    """Let the run `folder` begin where the run `source` stands: its state after `step` updates, and
+    the log of these. What was recorded on the way stays with `source`. Collective.
+
+    config.json is not written yet: a run that was killed in here is forked again.
+    """
+
+    def copy():
+        lines = [line for line, entry in read_log(source / "log.jsonl", step) if "event" not in entry]
+        with whole_file(folder / "log.jsonl") as aside:
+            aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        here = f"resume/{step:06d}"
+        with whole_folder(folder / here, sign="manifest.json") as aside:
+            shutil.copytree(source / here, aside, dirs_exist_ok=True)
+
+    on_process_0(copy)
 
 
 # -------------------------------------------------------------------------------------------------
