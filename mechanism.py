@@ -343,7 +343,7 @@ def moved(cfg, train_set, trajectory):
     select = load_select()
     if 0 not in trajectory or str(trajectory[0]["sha256"]) != train_set.sha256:
         raise InputError(f"run {cfg.run}: step 0 was not recorded, or on other data than there is now")
-    response, spans = train_set.response_mask(), select.response_spans(train_set)
+    response, spans = train_set.response_mask(), select.locate_responses(train_set)
     curves = select.bottleneck_curves(trajectory, response, spans, smooth=0)
     low = select.pick_bottleneck(select.Config(run=cfg.run, bottleneck=cfg.bottleneck), curves)
     return low, trajectory[low]["logprob"] - trajectory[0]["logprob"]

@@ -365,7 +365,9 @@ def summary(runs, selections, made, train_set, trajectory, masks):
     change = trajectory[low]["logprob"][response] - trajectory[0]["logprob"][response]
     steps, anchors, yet_to_learn, _ = bifurcation(runs[0], selections[name])
     keys = ("rule", "kind", "tau", "bottleneck_step")
+    looked_into = run_folder(runs[0]) / "mechanism.json"  # if mechanism.py has been run
     return {
+        "mechanism": read_json(looked_into) if looked_into.exists() else {},
         "runs": {run: curves(run) for run in runs},
         "bottleneck": low,
         "selections": {n: {key: made[n].get(key) for key in keys} for n in selections},

@@ -18,7 +18,7 @@ import report
 import train
 from hf import tokenizer as tokenizer_file
 from plumbing import runs
-from plumbing.config import load_select, read_json
+from plumbing.config import load_select, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "</pre></script><script>alert(1)</script><img src=http://example.org/x onerror='a'>&amp;\"5"
@@ -243,3 +243,12 @@ def test_several_seeds_are_a_mean_and_a_band(here):
     groups = {"sft": ["sft", "again"], "t3s": ["t3s"]}
     report.figure(groups, groups["sft"], "two.png", Path("runs/sft/selection/t3s"))
     assert Path("two.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gradients_of_mechanism_are_in_the_page_if_they_were_measured(here):
+    report.main(run="sft")
+    assert content("runs/sft/report.html")["mechanism"] == {}
+    found = {"bottleneck_step": 2, "gradients": {"steps": [0, 2], "ratio": [17.0, 2.0], "cosine": [-0.4, 0.1]}}
+    write_json(Path("runs/sft/mechanism.json"), found)
+    report.main(run="sft")
+    assert content("runs/sft/report.html")["mechanism"] == found

@@ -12,6 +12,7 @@ import test_report
 
 import data
 import report
+from plumbing.config import write_json
 
 cycle = test_report.cycle
 here = test_report.here
@@ -126,6 +127,22 @@ def test_charts_show_intervals_and_the_bottleneck(page):
     assert first.locator("path.interval").count() == 2 and first.locator("line.mark").count() == 1
     assert "bottleneck: step 2" in first.locator("line.mark title").text_content()
     assert page.locator("rect.bin").count() == 49
+
+
+def test_gradients_are_drawn_if_mechanism_py_has_measured_them(here, page):
+    curves = {"steps": [0, 2, 4], "ratio": [17.0, 2.0, 3.0], "cosine": [0.1, -0.4, 0.2]}
+    losses = {"steps": [0, 2, 4], "others_by_anchors": [0.0, 0.1, 0.0], "anchors_by_others": [0.0, 0.2, 0.0]}
+    found = {"bottleneck_step": 2, "gradients": curves, "interventions": losses}
+    before = page.locator("figcaption").count()
+    write_json(here / "runs/sft/mechanism.json", found)
+    report.main(run="sft,t3s")
+    page.reload()
+    page.wait_for_selector("html[data-ready=yes]", timeout=60_000)
+    captions = page.locator("figcaption").all_inner_texts()
+    assert len(captions) == before + 3
+    assert [caption for caption in captions if caption.startswith("gradients of anchors and others")]
+    drawn = page.locator("figure", has_text="cosine")
+    assert "cosine, step 2: -0.400" in drawn.locator("circle title").nth(1).text_content()
 
 
 def test_dark_mode_and_print_have_their_own_paper(page):
