@@ -6,6 +6,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import false_alarms
 import numpy as np
 import pytest
 from test_train import SHORT, WORLD, log
@@ -87,6 +88,15 @@ def test_two_looks_above_the_lowest_are_needed_and_a_tie_is_the_earliest():
     assert online.passed_bottleneck(watched) == 1
     watched[5] = np.full(5, 0.2)  # the curve falls again: it was not the bottleneck
     assert online.passed_bottleneck(watched) is None
+
+
+def test_false_alarms_are_rare_and_a_bottleneck_is_found_three_looks_later():
+    """On simulated curves; tests/false_alarms.py prints the whole table."""
+    rng = np.random.default_rng(1)
+    for name, most in (("flat", 0.1), ("falling", 0.02), ("plateau", 0.1)):
+        assert false_alarms.cell(rng, name, 100, 100)["ended"] <= most
+    found = false_alarms.cell(rng, "turning", 200, 50)
+    assert found["ended"] > 0.9 and found["early"] == 0 and found["looks"] < 3.3 and found["off"] < 0.4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
