@@ -65,7 +65,7 @@ def curve(run, watch, train_set):
         return {step: grades[~np.isnan(grades)] for step, grades in correct.items()}
     select = load_select()
     # nats a response rather than a token: the examples are what the error is taken over
-    return select.falls(trajectory, train_set.response_mask(), select.response_spans(train_set))
+    return select.falls(trajectory, train_set.response_mask(), select.locate_responses(train_set))
 
 
 def is_over(run, step):

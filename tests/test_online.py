@@ -90,6 +90,21 @@ def test_two_looks_above_the_lowest_are_needed_and_a_tie_is_the_earliest():
     assert online.passed_bottleneck(watched) is None
 
 
+def test_what_is_watched_is_what_was_recorded(here):
+    """Each problem's accuracy, of those that were asked; each example's fall of confidence, token by token."""
+    train.main(run="sft", **SHORT | dict(record_every=2, samples=2, record_problems=4))
+    train_set = data.load("data/toy-1/teacher")
+    recorded = {step: np.load(f"runs/sft/trajectory/{step:06d}.npz") for step in (0, 2, 4)}
+    accuracies = online.curve("sft", "accuracy", train_set)
+    fallen = online.curve("sft", "label_free", train_set)
+    for step, arrays in recorded.items():
+        assert len(accuracies[step]) == 4 and accuracies[step].mean() == arrays["accuracy"]
+        for i, (_, a, b) in enumerate(train_set.spans):
+            changes = arrays["logprob"][a:b].astype(float) - recorded[0]["logprob"][a:b].astype(float)
+            assert fallen[step][i] == pytest.approx(sum(min(0, change) for change in changes), abs=1e-12)
+    assert fallen[4].mean() < 0
+
+
 def test_false_alarms_are_rare_and_a_bottleneck_is_found_three_looks_later():
     """On simulated curves; tests/false_alarms.py prints the whole table."""
     rng = np.random.default_rng(1)
