@@ -1,0 +1,9 @@
+"""Exercise 1: find the shock."""
+
+
+def shock(lines):
+    recorded = {line["step"]: line for line in lines if line.get("event") == "record"}
+    # min keeps the first of equals, and the log is in the order of steps
+    step = min(recorded, key=lambda step: recorded[step]["accuracy"])
+    start, low = recorded[0], recorded[step]
+    return step, low["accuracy"] - start["accuracy"], low["nll"] - start["nll"]
