@@ -88,7 +88,7 @@ def make_student(seed):
     cfg = demo.Config(seeds=seed, pretrain=True, **SETTINGS)
     demo.check(cfg)
     folder, same = demo.world(cfg, seed)
-    return Student(seed, folder, same)
+    return Student(seed, folder, {**same, "sample_batch_size": cfg.unseen_problems})
 
 
 def measure(row, student):
