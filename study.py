@@ -59,11 +59,11 @@ SELECTIONS = {
 # everything, in the order in which it is run; base is step 0 of sft
 ROWS = (
     *("sft", "base-greedy", "t3s"),
+    "mechanism",
     *("random", "inverse", "own-greedy", "static_low", "own-correct", "static_high"),
     *("rrt", "entropy_high", "t3s-label_free", "t3s-8", "t3s-36"),
     *("retrospective", "matched_random", "dft"),
     *("sft-sgd", "t3s-sgd"),
-    "mechanism",
 )
 PRIMARY = ("sft", "base", "random", "static_low", "own-greedy")  # t3s minus these
 SGD_RATES = (0.1, 0.3, 1.0, 3.0)  # chosen from on student 1, which the study does not count
