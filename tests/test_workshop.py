@@ -1,9 +1,12 @@
 """The workshop: its solutions pass, typical mistakes do not, and no message gives a solution away."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -135,3 +138,43 @@ def test_the_command_says_passed_and_its_exit_code_too():
     done = subprocess.run([*command, "1", SOLUTIONS], capture_output=True, text=True)
     assert done.stdout == "1 find the shock: passed\n" and done.returncode == 0
     assert subprocess.run([*command, "99"], capture_output=True).returncode == 2
+
+
+def test_an_answer_that_passed_is_shown_at_work_on_the_recorded_run(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "runs" / check.RUN
+    (folder / "trajectory").mkdir(parents=True)
+    confidence = {0: [-1.0, -1.0, -1.0], 2: [-0.5, -0.9, -3.0], 4: [-0.2, -0.8, -2.0]}
+    lines = []
+    for step, accuracy in {0: 0.7, 2: 0.2, 4: 0.4}.items():
+        logprob = np.array([np.nan, *confidence[step]], dtype=np.float32)
+        np.savez(folder / f"trajectory/{step:06d}.npz", logprob=logprob, accuracy=accuracy)
+        recorded = {"step": step, "event": "record", "accuracy": accuracy, "nll": -np.nanmean(logprob).item()}
+        lines.append(json.dumps(recorded) + "\n")
+    (folder / "log.jsonl").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for number in (1, 3, 6):
+        assert check.main([str(number), str(SOLUTIONS)]) == 0
+        said += capsys.readouterr().out.splitlines()[1:]
+    assert said == [
+        "  bottleneck: step 2; accuracy -0.500, NLL +0.467 nats",
+        "  step  2: 0.667 are anchors, and 1.000 of those of step 2",
+        "  step  4: 0.667 are anchors, and 1.000 of those of step 2",
+        "  0: 0.0000, 2: -0.6667, 4: -0.3333",
+        "  the lowest: step 2",
+    ]
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    for path in ROOT.iterdir():
+        if path.name not in ("runs", "data"):
+            (tmp_path / path.name).symlink_to(path)
+    text = (ROOT / "workshop/notebook.py").read_text(encoding="utf-8")
+    assert "\nSMALL = False" in text
+    (tmp_path / "small.py").write_text(text.replace("\nSMALL = False", "\nSMALL = True"), encoding="utf-8")
+    env = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "small.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # its last cell checks the answers that it has used
+    last = [f"{number} {check.EXERCISES[number].title} passed" for number in NUMBERS]
+    assert done.stdout.splitlines()[-len(last) :] == last

@@ -24,10 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the method shelf lies one folder up
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from plumbing.config import load_select  # noqa: E402
-from plumbing.runs import load_trajectory  # noqa: E402
+from plumbing.config import InputError, load_select
+from plumbing.runs import load_trajectory
 
 select = load_select()
 RUN = "workshop/sft"  # the run of exercise 1
@@ -228,8 +228,11 @@ def show_bottleneck(answer):
 
 
 def recorded_run():
-    """-> trajectory, response (n_tokens,) bool"""
-    trajectory = load_trajectory(RUN)
+    """-> {step: {"logprob", "accuracy"}}, response (n_tokens,) bool"""
+    trajectory = {}
+    for step, stored in load_trajectory(RUN).items():
+        # arrays, since what np.load has opened cannot be copied
+        trajectory[step] = {key: stored[key] for key in ("logprob", "accuracy")}
     return trajectory, ~np.isnan(trajectory[0]["logprob"])
 
 
@@ -469,7 +472,10 @@ def show(number, folder):
     """Print what the answer finds in the run of exercise 1; nothing if there is no such run."""
     exercise = EXERCISES[number]
     if exercise.show and Path(f"runs/{RUN}/log.jsonl").is_file():
-        exercise.show(Answer(Path(folder).resolve() / exercise.file))
+        try:
+            exercise.show(Answer(Path(folder).resolve() / exercise.file))
+        except (Wrong, InputError) as error:
+            print(f"  in runs/{RUN}: {error}")
 
 
 def main(words):
