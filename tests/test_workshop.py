@@ -147,7 +147,7 @@ def test_an_answer_that_passed_is_shown_at_work_on_the_recorded_run(tmp_path, mo
     lines = []
     for step, accuracy in {0: 0.7, 2: 0.2, 4: 0.4}.items():
         logprob = np.array([np.nan, *confidence[step]], dtype=np.float32)
-        np.savez(folder / f"trajectory/{step:06d}.npz", logprob=logprob, accuracy=accuracy)
+        np.savez(folder / f"trajectory/{step:06d}.npz", logprob=logprob, accuracy=accuracy, sha256="")
         recorded = {"step": step, "event": "record", "accuracy": accuracy, "nll": -np.nanmean(logprob).item()}
         lines.append(json.dumps(recorded) + "\n")
     (folder / "log.jsonl").write_text("".join(lines))
