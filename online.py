@@ -1,19 +1,19 @@
-"""T3S in one command: a pass 1 that ends once the bottleneck has passed, the selection, then pass 2.
+"""T3S in one command: a pass 1 that ends once the bottleneck has passed, selection, pass 2.
 
-    python train.py --run=t3s --online=true --model=M --data=D                       # pass 2 from theta_0
-    python train.py --run=t3s --online=continue --model=M --data=D                   # ... from where pass 1 stands
-    python train.py --run=t3s --online=true --watch=label_free --model=M --data=D    # without a single answer
-    python train.py --run=t3s --probe=4 --model=M --data=D                           # four steps, no bottleneck at all
+    python train.py --run=t3s --online=true --model=M --data=D        # pass 2 from theta_0
+    python train.py --run=t3s --online=continue --model=M --data=D    # from where pass 1 stands
+    python train.py --run=t3s --online=true --watch=label_free ...    # without a single answer
+    python train.py --run=t3s --probe=4 --model=M --data=D            # four steps, no bottleneck
 
-The paper's pass 1 is a whole run of which only two checkpoints are used: theta_0 and the bottleneck.
-Here it is a pilot, the run <run>-pilot, that watches one curve every --watch_every steps:
+The paper's pass 1 is a whole run, of which two checkpoints are used: theta_0 and the bottleneck.
+Here it is a pilot, the run <run>-pilot, that looks at one curve every --watch_every steps:
 
     accuracy     of answers sampled to --record_problems of the training problems
     label_free   D_s = mean of min(0, c_t(theta_s) - c_t(theta_0)), from the sweep alone (select.py)
 
-It stops where `passed_bottleneck` finds a lowest look behind it. select.py selects there, and the
-run itself begins: at theta_0, or, with --online=continue, with the pilot's weights and optimizer at
-the step where it stopped. A probe is a pilot that watches nothing and stops at a step fixed before.
+It ends where `passed_bottleneck` finds a lowest look behind it. select.py selects there, and the run
+itself begins: at theta_0, or, with --online=continue, with the pilot's weights and optimizer at the
+step where that ended. A probe is a pilot that looks at nothing and ends at a step fixed before.
 
 After a kill the same command with --resume=true goes on, in whichever stage it was; what is
 finished is not done again. Next: batches.py.
@@ -57,7 +57,7 @@ def passed_bottleneck(watched):
 
 
 def curve(run, watch, train_set):
-    """What a run has recorded of the curve that it watches -> {step: (n,) of each problem or example}."""
+    """What a run has recorded of the curve `watch` -> {step: (n,) of each problem or example}."""
     trajectory = load_trajectory(run)
     if watch == "accuracy":
         correct = {step: arrays["correct"] for step, arrays in trajectory.items()}
@@ -65,7 +65,8 @@ def curve(run, watch, train_set):
         return {step: grades[~np.isnan(grades)] for step, grades in correct.items()}
     select = load_select()
     # nats a response rather than a token: the examples are what the error is taken over
-    return select.falls(trajectory, train_set.response_mask(), select.locate_responses(train_set))
+    response_spans = select.locate_responses(train_set)
+    return select.falls(trajectory, train_set.response_mask(), response_spans)
 
 
 def is_over(run, step):
@@ -98,15 +99,15 @@ def check_keys(cfg, given):
     if cfg.online != "false" and cfg.probe:
         raise InputError("--online and --probe: two ways to make a selection; choose one")
     if is_wanted(cfg) and given.get("selection") and {"online", "probe"} & set(given):
-        raise InputError("--online and --probe make a selection of their own; leave --selection out")
+        raise InputError("--online and --probe make their own selection; leave --selection out")
     if cfg.online == "continue" and cfg.resume_every < 0:
-        raise InputError("--online=continue goes on from a resume state: --resume_every=-1 keeps none")
+        raise InputError("--online=continue needs a resume state, and --resume_every=-1 keeps none")
     if cfg.watch and not is_wanted(cfg) and not cfg.selection and not cfg.record_every:
         raise InputError(f"--watch={cfg.watch}: looks at what is recorded; give --record_every too")
 
 
 def pass_1(train, cfg):
-    """Pilot or probe, and the selection -> the keys of train.py's Config that pass 2 has beside cfg's.
+    """Pilot or probe, and the selection -> the keys of train.py that pass 2 has beside cfg's.
 
     train  train.main, which imports this file and so hands itself over
 
@@ -123,23 +124,31 @@ def pass_1(train, cfg):
         train(**{**asdict(cfg), **keys, "probe": 0, "online": "false", "resume": True})
         if keys["watch"]:
             check_passed(keys)
-        # an autoregressive student drops its anchors from the loss; a diffusion student's corruption
-        # always masks the yet-to-learn tokens
-        is_diffusion = read_config(local_folder(cfg.model)).is_diffusion
-        kind = "force" if is_diffusion else "keep"
-        made = {"run": keys["run"], "rule": "t3s", "kind": kind, "show": 0}
-        on_process_0(lambda: load_select().main(**made, bottleneck=bottleneck) and None)
+        select_t3s(cfg, keys["run"], bottleneck)
     if cfg.online != "continue":
         return {"selection": str(folder)}
     step = resume.newest(home)
     if step >= cfg.steps:
         stop(
-            f"{home}: the bottleneck had passed only at the last step, {step}: --online=continue has "
-            "no step left to train; give more --steps and another --run, or --online=true"
+            f"{home}: the bottleneck had passed only at the last step, {step}, so --online=continue "
+            "has no step left to train; give more --steps and another --run, or --online=true"
         )
     with resume.lock(run_folder(cfg.run), cfg.lock):
         resume.fork(home, run_folder(cfg.run), step)
     return {"selection": str(folder), "resume": True}
+
+
+def select_t3s(cfg, run, bottleneck):
+    """select.py for the student of cfg, on the trajectory of `run`."""
+    # an autoregressive student drops its anchors from the loss; a diffusion student's corruption
+    # always masks the yet-to-learn tokens
+    kind = "force" if read_config(local_folder(cfg.model)).is_diffusion else "keep"
+    made = {"run": run, "rule": "t3s", "kind": kind, "bottleneck": bottleneck, "show": 0}
+
+    def choose():
+        load_select().main(**made)
+
+    on_process_0(choose)
 
 
 def pilot(cfg):
@@ -175,8 +184,8 @@ def check_passed(keys):
             return ""
         lowest = min(watched, key=lambda step: watched[step].mean())
         return (
-            f"{home}: no bottleneck by {keys['watch']} has passed in {made['steps']} steps (its lowest "
-            f"look is step {lowest}), so nothing is selected; the pilot stays as an ordinary run: "
+            f"{home}: no bottleneck by {keys['watch']} has passed in {made['steps']} steps (the lowest "
+            f"look was step {lowest}), so nothing is selected; the pilot stays as an ordinary run: "
             f"train longer, or name a step: select.py --run={keys['run']} --bottleneck=STEP"
         )
 
@@ -192,7 +201,7 @@ KINDS = ("trained", "scored", "sampled")  # tokens: in updates, in sweeps, of an
 
 
 def cost(run, first=0):
-    """What a run took after step `first` -> {"updates", "looks", "copied": how many; tokens of each of KINDS}."""
+    """What a run took after step `first` -> {"updates", "looks", "copied", and tokens of each KIND}."""
     home = run_folder(run)
     keys = read_json(home / "config.json")["config"]
     lines = [json.loads(line) for line in (home / "log.jsonl").read_text().splitlines()]
@@ -212,8 +221,10 @@ def cost(run, first=0):
 
 
 def whole(part, steps, every):
-    """The cost of a run that makes all `steps` updates at the pace of `part`, a cost; and looks every
-    so many steps, at step 0 and at the end."""
+    """`part`, what `cost` found, as if the run had made all its steps -> tokens of each of KINDS.
+
+    every  steps between two looks, besides those at step 0 and at the end
+    """
     looks = -(-steps // every) + 1 - part["copied"] if every else 0
     pace = {"trained": steps / max(1, part["updates"])}
     pace["scored"] = pace["sampled"] = looks / max(1, part["looks"])

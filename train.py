@@ -79,10 +79,10 @@ class Config(Sampling, Corruption):
     selection: str = ""  # pass 2: a folder made by select.py (diffusion students: also two, keep,force)
     eval_data: str = ""  # a second folder made by data.py, on whose problems accuracy is recorded as well
     # T3S in one command (online.py)
-    online: str = "false"  # true: a pass 1 that ends itself, selection, pass 2 from theta_0; continue: from there
-    watch: str = ""  # what ends it, the curve that has passed its bottleneck: accuracy (--online's own) or label_free
-    watch_every: int = 5  # steps between two looks at that curve; without --online --record_every's
-    probe: int = 0  # instead of --online: a pass 1 of so many steps, a selection, pass 2 from theta_0
+    online: str = "false"  # true: pass 1 ends itself, pass 2 begins at theta_0; continue: where pass 1 stands
+    watch: str = ""  # pass 1 ends behind the bottleneck of this curve: accuracy (--online's own), label_free
+    watch_every: int = 5  # steps between two looks at it; without --online: --record_every
+    probe: int = 0  # instead of --online: a pass 1 of so many steps, then pass 2 from theta_0
     # optimisation
     steps: int = 50  # optimizer steps
     batch_size: int = 64  # examples in an optimizer step, over all processes; 0: all of them

@@ -127,6 +127,13 @@ def parallelize(cfg, student, device):
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(student):
+    """Each process keeps its shards only: a forward pass without a backward one leaves some gathered."""
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class Compiler:
     """torch.compile's backend for the blocks, which counts what it compiled and what then runs."""
 

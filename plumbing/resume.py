@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from hf.weights import fingerprint
 from plumbing.config import InputError, read_json, whole_file, whole_folder, write_json
-from plumbing.parallel import gather, on_process_0, rank, stop, world_size
+from plumbing.parallel import gather, on_process_0, rank, reshard, stop, world_size
 from plumbing.runs import checkpoint, mask_hash
 
 # keys that change no result, except by rounding: a resumed run may have others
@@ -179,6 +179,7 @@ def save(folder, student, optimizer, step, keep):
         for old in states(folder)[keep:]:
             forget(old)
 
+    reshard(student)  # the optimizer's state is that of the shards
     try:
         on_process_0(clear)
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)

@@ -201,7 +201,7 @@ def report(cfg, stats, out):
 def print_curve(name, values, bootstrap, form=".3f"):
     """One line: the values, and where the lowest lies when the examples are resampled."""
     if bootstrap is None:
-        print(f"{name}: no accuracy was recorded (the data has no answers)")
+        print(f"{name}: no accuracy was recorded (none was asked for, or the data has no answers)")
         return
     shown = ", ".join(f"{value:{form}} (step {step})" for step, value in values.items())
     likeliest = sorted(bootstrap.items(), key=lambda item: -item[1])[:3]

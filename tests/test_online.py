@@ -9,7 +9,7 @@ from pathlib import Path
 import false_alarms
 import numpy as np
 import pytest
-from test_train import SHORT, WORLD, log
+from test_train import ROOT, SHORT, WORLD, log, torchrun
 
 import batches
 import data
@@ -128,7 +128,7 @@ def test_online_is_a_shorter_pass_1_selection_and_pass_2(graded):
     folder = load_select().main(run="sft", show=0)
     train.main(run="slow", selection=str(folder), record_every=0)
     assert weights("fast", 7) == weights("slow", 7)
-    with pytest.raises(InputError, match="a selection of their own; leave --selection out"):
+    with pytest.raises(InputError, match="make their own selection; leave --selection out"):
         train.main(run="both", online=True, selection=str(folder))
 
 
@@ -274,3 +274,15 @@ def test_without_answers_an_accuracy_cannot_be_watched(here):
     data.main(source="some.jsonl", tokenizer="data/toy-1/untrained", out="some", verifier="toy")
     with pytest.raises(InputError, match="not every example has an answer, .* use --watch=label_free"):
         train.main(run="bad", online=True, **SHORT | dict(data="some"))
+
+
+def test_two_processes_end_and_go_on_where_one_does(here):
+    """A real curve: the shipped student, whose confidence falls at once and comes back at this learning rate."""
+    keys = SHORT | dict(model=str(ROOT / "students/toy-1"), batch_size=0, lr=2e-3, schedule="constant", steps=8)
+    keys |= dict(online="continue", watch="label_free", watch_every=1)
+    train.main(run="one", **keys)
+    out = torchrun(2, run="two", **keys).stdout
+    ended = log("one-pilot")[-1]["step"]
+    assert 2 < ended < 8 and log("two-pilot")[-1]["step"] == ended
+    assert out.count(f"pass 1 ends at step {ended}") == 1 and out.count("this command") == 1
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-4)
