@@ -1,6 +1,8 @@
 """study.py at a size that shows nothing but runs everything: every row, stopped and gone on with."""
 
+import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import demo
 import study
 import toy
-from plumbing.config import read_json
+from plumbing.config import load_select, parse, read_json
 from plumbing.runs import run_keys
 
 ROOT = Path(__file__).parent.parent
@@ -133,3 +135,31 @@ def test_students_that_are_missing_are_pretrained(small):
     assert student.same["eval_data"] == "data/toy-7/unseen" and student.same["lr"] == 3e-3
     assert read_json(Path("students/toy-7/config.json"))
     assert demo.SEEDS["slips"] == "1,2,3"  # which the study's students are not
+
+
+# --------------------------------------------------------------------------------------------------
+# docs/CLAIMS.md
+
+
+def commands(text):
+    """The commands in a page, as (file, words): after "python ", up to a backtick, # or line's end."""
+    found = re.findall(r"\bpython (\w+)\.py\b((?: --\w+=[^\s`|]+)*)", text.replace("\\\n", " "))
+    return [(file, words.split()) for file, words in found]
+
+
+def test_every_command_of_the_claims_has_the_keys_that_its_file_knows():
+    found = commands((ROOT / "docs/CLAIMS.md").read_text(encoding="utf-8"))
+    assert len(found) >= 12
+    for file, words in found:
+        module = load_select() if file == "select" else importlib.import_module(file)
+        parse(module.Config, words)
+
+
+def test_every_claim_has_a_command_a_value_and_a_verdict():
+    lines = (ROOT / "docs/CLAIMS.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split(" | ") for line in lines if re.match(r"\| \d+ \|", line)]
+    assert len(rows) >= 12
+    for number, (_, claim, command, value, verdict) in enumerate(rows, 1):
+        assert rows[number - 1][0] == f"| {number}" and claim and value, number
+        assert verdict.split(":")[0].rstrip(" |") in ("holds", "does not hold", "in part", "not measurable here")
+        assert commands(command) or verdict.startswith("not measurable here"), number
