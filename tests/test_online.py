@@ -1,6 +1,5 @@
 """online.py: the rule, a pilot that ends by itself, both ways on from there, kills, and what it cost."""
 
-import json
 import shutil
 import statistics
 from dataclasses import replace
@@ -152,13 +151,15 @@ def test_continue_goes_on_with_weights_and_optimizer_of_the_pilot(graded, monkey
     assert [line["step"] for line in log("fast") if "event" in line] == [4, 6, 7]
 
 
-def test_without_answers_nothing_is_sampled(graded, monkeypatch):
+@pytest.mark.parametrize("student, kind", [("data/toy-1/untrained", "keep"), ("llada", "force")])
+def test_without_answers_nothing_is_sampled(graded, monkeypatch, student, kind):
     fallen = dict(enumerate([0.0, -2.0, -1.0, -0.5, -0.2, -0.1, 0.0, 0.0]))
     select = load_select()
     monkeypatch.setattr(select, "falls", lambda t, *_: {step: np.full(7, fallen[step]) for step in t})
-    train.main(run="silent", online=True, watch="label_free", **KEYS)
+    train.main(run="silent", online=True, watch="label_free", **KEYS | dict(model=student, max_new_tokens=4))
     stats = read_json("runs/silent-pilot/selection/t3s/stats.json")
     assert stats["bottleneck_step"] == 1 and stats["bottleneck_bootstrap"] is None
+    assert read_json("runs/silent-pilot/selection/t3s/config.json")["kind"] == kind
     assert log("silent-pilot")[-1]["step"] == 3 and not list(Path("runs").glob("*/trajectory/*.jsonl"))
 
 
@@ -253,27 +254,7 @@ def test_the_costs_are_those_of_the_commands_themselves(graded, way, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Refused
-
-
-def test_keys_that_do_not_go_together_are_refused_before_anything_is_written(here):
-    for keys, message in ((dict(online=True, probe=2), "choose one"),
-                          (dict(online="maybe"), "--online=maybe: must be false or true or continue"),
-                          (dict(online="continue", resume_every=-1), "--resume_every=-1 keeps none"),
-                          (dict(watch="accuracy"), "give --record_every too"),
-                          (dict(online=True, record_problems=-1), "asks for none, .* use --watch=label_free"),
-                          (dict(online=True, watch="loss"), "--watch=loss: must be")):  # fmt: skip
-        with pytest.raises(InputError, match=message):
-            train.main(run="bad", **SHORT | keys)
-    assert not Path("runs").exists()
-
-
-def test_without_answers_an_accuracy_cannot_be_watched(here):
-    lines = [json.loads(line) for line in Path("data/toy-1/teacher.jsonl").read_text().splitlines()]
-    Path("some.jsonl").write_text("".join(json.dumps({**line, "answer": None}) + "\n" for line in lines))
-    data.main(source="some.jsonl", tokenizer="data/toy-1/untrained", out="some", verifier="toy")
-    with pytest.raises(InputError, match="not every example has an answer, .* use --watch=label_free"):
-        train.main(run="bad", online=True, **SHORT | dict(data="some"))
+# Several processes
 
 
 def test_two_processes_end_and_go_on_where_one_does(here):
