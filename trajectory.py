@@ -259,10 +259,16 @@ def chosen_problems(cfg, problems):
     return sorted(chosen.tolist())
 
 
+# A finished answer makes room for the next one only among those that are asked for together: the
+# more, the less a batch waits for its longest answer; but a kill loses what was not yet finished
+FILLINGS = 4
+
+
 def in_batches(cfg, problems, indices):
-    """Problems -> lists of them whose answers fill one batch of each process, longest prompts first."""
+    """Problems -> lists of them whose answers fill the batch of each process FILLINGS times, longest
+    prompts first."""
     order = sorted(indices, key=lambda i: -len(problems.prompt(i)))
-    size = max(1, cfg.sample_batch_size * world_size() // cfg.samples)
+    size = max(1, FILLINGS * cfg.sample_batch_size * world_size() // cfg.samples)
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 

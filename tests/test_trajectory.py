@@ -191,3 +191,19 @@ def test_entropy_is_recorded_beside_confidence(here, packing):
 def test_a_diffusion_student_has_confidence_only(here):
     train.main(run="dllm", **SHORT | dict(model="llada", eval_data="", steps=1, record_every=1, max_new_tokens=4))
     assert "entropy" not in np.load("runs/dllm/trajectory/000001.npz")
+
+
+def test_a_finished_answer_makes_room_for_the_next_while_recording(here, monkeypatch):
+    """Continuous batching reaches over the batch size: fewer forward passes, and the same answers."""
+    passes = []
+    step = sample.Rows.step
+    monkeypatch.setattr(sample.Rows, "step", lambda self, token: passes.append(len(token)) or step(self, token))
+    student = str(Path(train.__file__).parent / "students/toy-1")
+    taken = {}
+    for fillings in (1, 4):
+        monkeypatch.setattr(trajectory, "FILLINGS", fillings)
+        keys = SHORT | dict(model=student, max_new_tokens=40, sample_batch_size=4, steps=1)
+        train.main(run=f"x{fillings}", **keys | dict(record_every=1, eval_data=""))
+        taken[fillings] = len(passes), Path(f"runs/x{fillings}/trajectory/000000.jsonl").read_bytes()
+        passes.clear()
+    assert taken[4][0] < taken[1][0] and taken[4][1] == taken[1][1]
