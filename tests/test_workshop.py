@@ -27,6 +27,7 @@ MISTAKES = [
     (1, "updates too", ' if line.get("event") == "record"', "", "KeyError: 'accuracy' (1_shock.py, line "),
     (2, "the easiest half", "argsort(start", "argsort(-start", "what leaves the loss: at ["),
     (2, "rounded down", "(len(anchors) + 1) // 2", "len(anchors) // 2", "yours is 0, expected 1"),
+    (2, "rounded to even", "(len(anchors) + 1) // 2", "round(len(anchors) / 2)", "yours is 0, expected 1"),
     (2, "ties to the latest", "order[:half]", "np.lexsort((-anchors, start[anchors]))[:half]", " differ)"),
     (2, "what stays", "return chosen", "return ~chosen", "(32 of 32 differ)"),
     (2, "not only anchors", "flatnonzero(moved[a:b])", "arange(b - a)", "yours is 1, expected 0"),
@@ -155,7 +156,9 @@ def test_an_answer_that_passed_is_shown_at_work_on_the_recorded_run(tmp_path, mo
     said = []
     for number in (1, 3, 6):
         assert check.main([str(number), str(SOLUTIONS)]) == 0
-        said += capsys.readouterr().out.splitlines()[1:]
+        passed, where, *found = capsys.readouterr().out.splitlines()
+        assert passed.endswith(": passed") and where == "  in runs/workshop/sft, recorded up to step 4:"
+        said += found
     assert said == [
         "  bottleneck: step 2; accuracy -0.500, NLL +0.467 nats",
         "  step  2: 0.667 are anchors, and 1.000 of those of step 2",

@@ -177,12 +177,13 @@ def several(what, given, count):
 
 
 def check_rule(answer):
-    """Anchors in odd and even numbers, none at all, and ties; expected by sorting, example by example."""
+    """Responses with 5, 0, 1 and 6 anchors, and ties; expected by sorting, example by example."""
     rng = np.random.default_rng(2)
     response_spans = np.array([[0, 9], [9, 13], [13, 20], [20, 32]])
-    moved = rng.random(32) < 0.6
-    moved[9:13] = False
-    start = -rng.exponential(size=32).round(1)  # rounded, so that some are equal
+    moved = np.zeros(32, dtype=bool)
+    moved[[0, 2, 3, 6, 8, 15, 20, 21, 22, 25, 27, 30]] = True
+    start = -rng.exponential(size=32)
+    start[[0, 2, 3, 6, 8]] = [-1.0, -2.0, -1.0, -1.0, -0.5]  # equal ones where the half ends
     expected = np.zeros(32, dtype=bool)
     for a, b in response_spans:
         anchors = sorted((start[i], i) for i in range(a, b) if moved[i])
@@ -321,7 +322,7 @@ def check_confidence(answer):
         for k in range(K)
     ]
     levels = np.array([(k + u[k][:, 0]) / K for k in range(K)])  # stratified, as diffusion.py's
-    given = answer.own_confidence(score, response, levels, np.array(u)[:, :, 1:])
+    given = answer.own_confidence(score, response, levels[..., None], np.array(u)[:, :, 1:])
     expected = np.zeros((B, T))
     for row, known in enumerate(diffusion.confidence(student, texts, every, draws=K, seed=0)):
         expected[row, response[row]] = known
@@ -471,11 +472,14 @@ def verdict(number, folder):
 def show(number, folder):
     """Print what the answer finds in the run of exercise 1; nothing if there is no such run."""
     exercise = EXERCISES[number]
-    if exercise.show and Path(f"runs/{RUN}/log.jsonl").is_file():
-        try:
-            exercise.show(Answer(Path(folder).resolve() / exercise.file))
-        except (Wrong, InputError) as error:
-            print(f"  in runs/{RUN}: {error}")
+    if not exercise.show or not Path(f"runs/{RUN}/log.jsonl").is_file():
+        return
+    try:
+        # a run that still trains has its shock before it
+        print(f"  in runs/{RUN}, recorded up to step {max(load_trajectory(RUN))}:")
+        exercise.show(Answer(Path(folder).resolve() / exercise.file))
+    except (Wrong, InputError) as error:
+        print(f"  {error}")
 
 
 def main(words):

@@ -8,7 +8,7 @@ ask for that. Every response token has been asked for once. Average over several
     score(masked)   (B, T) bool -> (B, T): hides these tokens, and gives the negative log-likelihood
                     of what stood there; 0 where nothing is hidden
     response        (B, T) bool: True at response tokens; a prompt is never hidden
-    levels          (K, B) of each draw the noise level of each row, 0 to 1
+    levels          (K, B, 1) of each draw the noise level of each row, 0 to 1
     u               (K, B, T) uniform numbers: in draw k a token is hidden where u is below its level
 
 Return (B, T): the log-probability of each response token, the mean over the K draws; 0 at prompts.

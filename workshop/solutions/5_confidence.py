@@ -4,7 +4,7 @@
 def own_confidence(score, response, levels, u):
     total = 0.0
     for level, noise in zip(levels, u, strict=True):
-        hidden = response & (noise < level[:, None])
+        hidden = response & (noise < level)
         rest = response & ~hidden
         total = total - score(hidden) - score(rest)
     return total / len(levels)
