@@ -192,7 +192,7 @@ def anchors_and_others(pass1):
     response = pass1.run.train_set.response_mask()
     anchors = response & (pass1.delta > pass1.cfg.tau)
     if not anchors.any() or anchors[response].all():
-        raise InputError(f"--tau={pass1.cfg.tau:g}: one of the two groups, anchors and others, is empty")
+        raise InputError(f"--tau={pass1.cfg.tau:g}: there are no anchors, or nothing but anchors")
     return [anchors, response & ~anchors]
 
 
@@ -332,7 +332,7 @@ def read_run(cfg):
     # the whole training set at once, as it is now: what the run did differently does not matter
     plain = {"selection": "", "batch_size": 0, "device": cfg.device, "compile": False}
     run = train.read_inputs(replace(train.Config(**read_keys(folder, train.Config)), **plain))
-    run.cfg.anchors = "unscored"  # of diffusion students: a group is scored, the others are noise too
+    run.cfg.anchors = "unscored"  # of diffusion students: not in the group, and noise all the same
     low, delta = moved(cfg, run.train_set, trajectory)
     draws = cfg.draws if run.shape.is_diffusion else 1
     return Pass1(run, trajectory, low, delta, cfg, draws)
@@ -342,7 +342,7 @@ def moved(cfg, train_set, trajectory):
     """-> the bottleneck's step, delta (n_tokens,)"""
     select = load_select()
     if 0 not in trajectory or str(trajectory[0]["sha256"]) != train_set.sha256:
-        raise InputError(f"run {cfg.run}: step 0 was not recorded, or on other data than there is now")
+        raise InputError(f"run {cfg.run}: step 0 was not recorded, or its data has changed since")
     response, spans = train_set.response_mask(), select.locate_responses(train_set)
     curves = select.bottleneck_curves(trajectory, response, spans, smooth=0)
     low = select.pick_bottleneck(select.Config(run=cfg.run, bottleneck=cfg.bottleneck), curves)
@@ -363,7 +363,7 @@ def weights(pass1, step):
 
 
 def evaluate(run):
-    """The student's answers to the unseen problems, or the training ones -> accuracy, graded rows."""
+    """Answers to the unseen problems, or to the training ones -> accuracy, graded rows."""
     problems = run.eval_set or run.train_set
     batch_size = run.cfg.sample_batch_size
     return evaluation.evaluate(

@@ -1,15 +1,15 @@
-"""The study behind docs/CLAIMS.md: T3S and every control, over five students that nobody has chosen.
+"""The study behind docs/CLAIMS.md: T3S and every control, over five students that nobody chose.
 
     make study                             # or: python study.py; 40 to 60 minutes on two CPU cores
     python study.py --students=21,22       # fewer students
 
 Its plan, written before its first run, is in docs/LOG.md. A row is measured on all students before
-the next row begins. What is finished is in runs/study/table.json at once and is never run again: after
-Ctrl-C, or a kill, the same command goes on. Students that are missing are pretrained (toy.py).
+the next row begins. What is finished is in runs/study/table.json at once and is never run again:
+after Ctrl-C, or a kill, the same command goes on. Students that are missing are pretrained.
 
     runs/study/21/<row>/     the runs of student 21, made by the commands that are printed
     runs/study/table.json    accuracies on unseen problems, in the end and at their lowest
-    runs/study/figures.md    the tables of docs/CLAIMS.md, with intervals of 95 %, paired over students
+    runs/study/figures.md    the tables behind docs/CLAIMS.md, with paired intervals of 95 %
     runs/study/*.png         accuracy and loss; gradients; where the bottleneck is put
 
 Next: report.py.
@@ -158,7 +158,8 @@ def main(**given):
     home = run_folder("study")
     done = read_json(home / "table.json")["done"] if (home / "table.json").exists() else {}
     students = {}
-    missing = [(row, seed) for row in ROWS for seed in seeds if seed not in done.get(row, {})]
+    planned = [(row, seed) for row in ROWS for seed in seeds]
+    missing = [(row, seed) for row, seed in planned if seed not in done.get(row, {})]
     for i, (row, seed) in enumerate(missing):
         if seed not in students:
             students[seed] = make_student(seed)
@@ -170,14 +171,15 @@ def main(**given):
             continue
         seconds = round(time.time() - tick, 1)
         note(done, row, seed, accuracies, seconds)
-        write_json(home / "table.json", {"done": done, "rows": rows_of(done, seeds)})
+        rows = rows_of(done, seeds)
+        write_json(home / "table.json", {"done": done, "rows": rows})
+        write_figures(rows, done, seeds)  # now, since a long study is often stopped
         left = remaining(done, missing[i + 1 :])
         shown = " ".join(f"{a:.2f}" for a in accuracies)
-        print(f"  [{i + 1}/{len(missing)}] {row} of student {seed}: {shown} "
-              f"({seconds:.0f} s; about {left / 60:.0f} min left)", flush=True)
+        at = f"[{i + 1}/{len(missing)}] {row} of student {seed}"
+        print(f"  {at}: {shown} ({seconds:.0f} s; about {left / 60:.0f} min left)", flush=True)
     rows = rows_of(done, seeds)
     demo.show(rows, seeds)
-    write_figures(rows, done, seeds)
     draw(done, seeds)
     print(f"\n{home / 'figures.md'}, {home / 'table.json'} and {home}/*.png")
     return rows
@@ -212,7 +214,7 @@ def rows_of(done, seeds):
 
 
 def write_figures(rows, done, seeds):
-    """runs/study/figures.md: the rows, the primary comparisons, and what else the claims name."""
+    """runs/study/figures.md: the rows, * where t3s minus it is primary, and what pass 1 shows."""
     final = {row["name"]: row["final"] for row in rows}
     lines = ["| row | " + " | ".join(seeds) + " | mean | minus sft | minus base | t3s minus it |"]
     lines.append("|---" * (len(seeds) + 5) + "|")
@@ -221,11 +223,12 @@ def write_figures(rows, done, seeds):
         pairs = [(values, "sft"), (values, "base")]
         cells += [minus(ours, final.get(other)) for ours, other in pairs]
         cells.append(minus(final.get("t3s"), values))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        star = " *" if name in PRIMARY else ""
+        lines.append(f"| {name}{star} | " + " | ".join(cells) + " |")
     lines += ["", "| figure | " + " | ".join(seeds) + " | mean ± 95 % |"]
     lines.append("|---" * (len(seeds) + 2) + "|")
-    looked = [look(seed) for seed in seeds if seed in done.get("sft", {})]
-    for name in looked[0] if looked else ():
+    looked = [look(seed) if seed in done.get("sft", {}) else {} for seed in seeds]
+    for name in max(looked, key=len):
         values = [found[name] for found in looked if name in found]
         cells = [f"{found[name]:.3g}" if name in found else "-" for found in looked]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {minus(values, 0.0)} |")
@@ -338,7 +341,8 @@ def draw_bottlenecks(done, seeds, path):
                 step = read_json(folder / "config.json")["bottleneck_step"]
                 points.append((step, done[row][seed]["accuracies"][-1]))
         axis.plot(*zip(*sorted(points), strict=True), ".-", color=colour, label=f"student {seed}")
-    axis.set(title="final accuracy of T3S", xlabel="step that the bottleneck is put at", ylim=(0, 1))
+    axis.set(title="final accuracy of T3S", ylim=(0, 1))
+    axis.set_xlabel("step that the bottleneck is put at")
     save(fig, [axis], path)
 
 

@@ -103,7 +103,7 @@ def test_the_share_below_the_base_is_counted_over_response_tokens(here):
     (dict(run=""), "--run is missing"),
     (dict(what="gradient"), "--what=gradient: must be of confidence, gradients"),
     (dict(bottleneck="3"), "recorded were 0, 2, 4"),
-    (dict(tau=99.0), "one of the two groups, anchors and others, is empty"),
+    (dict(tau=99.0), "there are no anchors, or nothing but anchors"),
 ])  # fmt: skip
 def test_what_cannot_work_is_one_line(here, keys, words):
     with pytest.raises(InputError, match=words) as error:

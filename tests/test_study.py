@@ -125,7 +125,7 @@ def test_differences_are_paired_with_students_t(tmp_path, monkeypatch):
     rows = [("sft", [0.4, 0.5, 0.6]), ("t3s", [0.5, 0.7, 0.9])]
     study.write_figures([{"name": name, "final": values} for name, values in rows], {}, ["1", "2", "3"])
     lines = Path("runs/study/figures.md").read_text().splitlines()
-    assert lines[2] == "| sft | 0.40 | 0.50 | 0.60 | 0.50 |  |  | +0.200 ± 0.248 |"
+    assert lines[2] == "| sft * | 0.40 | 0.50 | 0.60 | 0.50 |  |  | +0.200 ± 0.248 |"
     assert lines[3] == "| t3s | 0.50 | 0.70 | 0.90 | 0.70 | +0.200 ± 0.248 |  |  |"
 
 
