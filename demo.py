@@ -181,8 +181,11 @@ def diffusion_cycle(cfg, home, seed, table):
     sft = trained(f"{home}/sft", model=student, confidence_draws=4, **same)
     note(table, "base", sft[:1])
     note(table, "sft", sft)
+    # the lowest after step 0, also where it is no lower than there: not every student is shocked
+    lowest = lowest_after_the_start(f"{home}/sft")
     for name, (keys, more) in MASKED_SELECTIONS.items():
-        folder, output = select(run=f"{home}/sft", seed=int(seed), show=0, name=name, **keys)
+        keys = dict(keys, bottleneck=lowest, seed=int(seed), show=0, name=name)
+        folder, output = select(run=f"{home}/sft", **keys)
         print(output.splitlines()[-1])
         # all that is not given is inherited from pass 1
         more = {**more, **(later if cfg.record_later else {})}
@@ -250,6 +253,12 @@ def trained(name, **keys):
     """Train a run -> its recorded accuracies on unseen problems."""
     run(train.main, "train.py", run=name, **keys)
     return records(name)["eval_accuracy"]
+
+
+def lowest_after_the_start(name):
+    """The recorded step of lowest train accuracy, step 0 left out; ties go to the earliest."""
+    found = records(name)
+    return int(found["step"][1:][found["accuracy"][1:].argmin()])
 
 
 def select(**keys):

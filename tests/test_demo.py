@@ -134,6 +134,11 @@ def test_diffusion_students_forced_or_kept_and_without_a_teacher(small):
     own = ["own-greedy", "own-correct"]
     assert [row["name"] for row in rows] == ["base", "sft", *chosen, *own]
     masks = {name: mask("demo-diffusion/2/sft", name) for name in chosen}
+    lines = map(json.loads, Path("runs/demo-diffusion/2/sft/log.jsonl").read_text().splitlines())
+    accuracy = {line["step"]: line["accuracy"] for line in lines if line.get("event") == "record"}
+    del accuracy[0]  # the plan's bottleneck: the lowest after the start, below it or not
+    made = json.loads(Path("runs/demo-diffusion/2/sft/selection/keep/config.json").read_text())
+    assert made["bottleneck_step"] == min(accuracy, key=lambda step: (accuracy[step], step))
     assert masks["force-random"].sum() == masks["force"].sum()
     assert masks["keep-random"].sum() == masks["keep"].sum()
     assert (masks["keep-unscored"] == masks["keep"]).all()
