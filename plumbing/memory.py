@@ -194,10 +194,12 @@ def plan(cfg, shape, length):
         copies *= 2
     tokens = length * copies
     head = shape.vocab_size * shape.hidden_size
-    # in chunks of so many rows, as in Transformer.forward
-    scored = min(max(1, 2**26 // shape.vocab_size), cfg.micro_batch_size * tokens)
-    logits = "logits of a chunk of scored rows, twice, and the head's gradient, float32"
-    fixed[logits] = 8 * scored * shape.vocab_size + 4 * head
+    # in chunks of so many rows, as in Transformer.forward; few of them are all kept, as in LinearNLL
+    chunk = max(1, 2**26 // shape.vocab_size)
+    rows = cfg.micro_batch_size * tokens
+    kept = rows if rows <= model.LinearNLL.FEW * chunk else chunk
+    logits = "logits of scored rows that are kept, of a chunk more, and the head's gradient, float32"
+    fixed[logits] = 4 * (kept + min(rows, chunk)) * shape.vocab_size + 4 * head
 
     kinds = [kept_by(shape, layer, tokens, cfg.dtype) for layer in range(shape.num_hidden_layers)]
     stream = tokens * shape.hidden_size * size

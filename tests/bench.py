@@ -146,6 +146,13 @@ def same_texts(cfg, folder):
 
 
 def train_section(cfg, folder, examples):
+    lines = []
+    for name, trl in (("transformers' Trainer", False), ("TRL's SFTTrainer", True)):
+        lines += train_lines(cfg, folder, examples, name, trl)
+    return lines
+
+
+def train_lines(cfg, folder, examples, name, trl):
     run = training(cfg, folder, examples, cfg.steps)
     ours = our_steps(run)
     losses = []
@@ -161,17 +168,17 @@ def train_section(cfg, folder, examples):
         seconds.append((time.perf_counter() - tick, theirs))
         tick = time.perf_counter()
 
-    their_losses = trainer_steps(run, our_turn)
+    their_losses = trainer_steps(run, our_turn, trl=trl)
     tokens = sum(count for _, count in losses[1:])  # the first step warms up
     our_seconds, their_seconds = np.array(seconds[1:]).sum(0)
     speeds = (tokens / our_seconds, tokens / their_seconds, medians(seconds[1:])[2])
     gaps = [abs(own - other) for (own, _), other in zip(losses, their_losses, strict=True)]
     peaks = []
-    for side in ("ours", "trainer"):
+    for side in ("ours", "TRL" if trl else "Trainer"):
         peaks.append(alone(peak_of_training, side, cfg, folder, examples) / 1e9)
-    what = f"tokens/s, against transformers' Trainer, {cfg.steps} steps"
+    what = f"tokens/s, against {name}, {cfg.steps} steps"
     return [
-        line(what, *speeds, ">= 1.0"),
+        line(what, *speeds, ">= 1.25"),
         line("peak memory of the process, GB", *peaks, peaks[1] / peaks[0]),
         line("largest difference of the losses", max(gaps), None, wanted="< 1e-4"),
     ]
@@ -189,9 +196,9 @@ def our_steps(run):
         yield done["loss"], done["tokens"]
 
 
-def trainer_steps(run, after_step, bf16=False):
-    """The same updates by transformers' Trainer -> their losses. after_step() is called when a step
-    is done. bf16: with autocast.
+def trainer_steps(run, after_step, bf16=False, trl=False):
+    """The same updates by transformers' Trainer, or TRL's SFTTrainer, which computes the loss in
+    chunks -> their losses. after_step() is called when a step is done. bf16: with autocast.
 
     It gets its micro-batches ready-made, and without an attention mask: padding lies on the right,
     where causal attention never looks, and without a mask its attention is faster. It logs and
@@ -199,13 +206,20 @@ def trainer_steps(run, after_step, bf16=False):
     """
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+    kind, settings, keys, more = Trainer, TrainingArguments, {}, {}
+    if trl:
+        from trl import SFTConfig, SFTTrainer
+
+        kind, settings = SFTTrainer, SFTConfig
+        keys = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        more = {"processing_class": bare_tokenizer()}
     losses = []
 
     class AfterStep(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             after_step()
 
-    class WithLosses(Trainer):  # what it logs is rounded
+    class WithLosses(kind):  # what it logs is rounded
         def training_step(self, *args, **kwargs):
             losses.append(super().training_step(*args, **kwargs))
             return losses[-1]
@@ -214,7 +228,7 @@ def trainer_steps(run, after_step, bf16=False):
     batches = trainer_batches(run)
     a_step = len(batches) // cfg.steps
     with tempfile.TemporaryDirectory() as out:
-        arguments = TrainingArguments(
+        arguments = settings(
             out,
             max_steps=cfg.steps,
             per_device_train_batch_size=1,
@@ -235,6 +249,7 @@ def trainer_steps(run, after_step, bf16=False):
             report_to=[],
             disable_tqdm=True,
             remove_unused_columns=False,
+            **keys,
         )
         trainer = WithLosses(
             AutoModelForCausalLM.from_pretrained(run.source, dtype=torch.float32),
@@ -242,10 +257,20 @@ def trainer_steps(run, after_step, bf16=False):
             train_dataset=batches,
             data_collator=lambda one: one[0],
             callbacks=[AfterStep()],
+            **more,
         )
         trainer.train()
     steps = [losses[i : i + a_step] for i in range(0, len(losses), a_step)]
     return [sum(loss.item() for loss in step) for step in steps]
+
+
+def bare_tokenizer():
+    """SFTTrainer asks for one, although its batches are made already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.WordLevel({"<end>": 0}, unk_token="<end>"))
+    return PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<end>", pad_token="<end>")
 
 
 def trainer_batches(run):
@@ -270,57 +295,55 @@ def peak_of_training(side, cfg, folder, examples):
     if side == "ours":
         list(our_steps(run))
     else:
-        trainer_steps(run, lambda: None)
+        trainer_steps(run, lambda: None, trl=side == "TRL")
     return peak_memory()
 
 
 # --------------------------------------------------------------------------------------------------
-# generate: eval.py's greedy answers against transformers.generate
+# generate, decode, batching: eval.py's greedy answers against transformers.generate
 
 
-def generate_section(cfg, folder, examples, batch=16):
-    from transformers import AutoModelForCausalLM
+class Decoders:
+    """A student and transformers' own, and what each answered last; both greedy."""
 
-    prompts = [examples.prompt(i).tolist() for i in range(batch)]
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
-    student = model.load(folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    sampling = sample.Sampling(max_new_tokens=cfg.new_tokens, temperature=0)
-    answers = {}
+    def __init__(self, folder, rows, new_tokens, static=False):
+        from transformers import AutoModelForCausalLM
 
-    def ours(ends):
-        answers["ours"] = sample.sample(
-            student, prompts, sampling, batch_size=batch, eos_ids=ends
+        self.student = model.load(folder)
+        self.theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.rows = rows  # answers that are written at the same time
+        self.sampling = sample.Sampling(max_new_tokens=new_tokens, temperature=0)
+        self.keys = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        if static:
+            self.keys["cache_implementation"] = "static"
+
+    def ours(self, prompts, ends):
+        self.own = sample.sample(
+            self.student, prompts, self.sampling, batch_size=self.rows, eos_ids=ends
         )
 
-    def other(ends):
-        theirs.generation_config.eos_token_id = ends or None
-        out = theirs.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=cfg.new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        answers["other"] = out[:, longest:].tolist()
+    def other(self, prompts, ends):
+        self.theirs.generation_config.eos_token_id = sorted(ends) or None
+        self.padded = []
+        for start in range(0, len(prompts), self.rows):
+            batch = prompts[start : start + self.rows]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch])
+            lengths = torch.tensor([len(prompt) for prompt in batch])
+            mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+            out = self.theirs.generate(ids, attention_mask=mask, **self.keys)
+            self.padded += out[:, longest:].tolist()
 
-    lines = []
-    own_ends = student.config.eos_token_ids
-    # every answer as long as allowed; then as long as it wants to be
-    for ends in [[], own_ends] if own_ends else [[]]:
-        seconds = taking_turns(cfg.repeats, partial(ours, ends), partial(other, ends))
-        written = sum(map(len, answers["ours"]))
-        pairs = zip(answers["ours"], answers["other"], strict=True)
+    def lines(self, repeats, prompts, ends, what, wanted):
+        """Two lines of the table: tokens a second, and how many answers have the same ids."""
+        ours, other = partial(self.ours, prompts, ends), partial(self.other, prompts, ends)
+        seconds = taking_turns(repeats, ours, other)
+        written = sum(map(len, self.own))
+        pairs = zip(self.own, self.padded, strict=True)
         same = sum(same_answer(own, padded, ends) for own, padded in pairs)
-        length = "up to their EOS" if ends else f"of {cfg.new_tokens} tokens"
         speeds = (written / seconds[0], written / seconds[1], seconds[2])
-        lines.append(line(f"tokens/s, {batch} answers {length}", *speeds, ">= 1.2"))
-        what = "of these, same ids as transformers.generate"
-        lines.append(line(what, same, batch, wanted="all"))
-    return lines
+        ids = "of these, same ids as transformers.generate"
+        return [line(what, *speeds, wanted), line(ids, same, len(prompts), wanted="all")]
 
 
 def same_answer(ours, padded, ends):
@@ -329,10 +352,49 @@ def same_answer(ours, padded, ends):
     return padded[: len(ours)] == ours and (not rest or rest[0] in ends)
 
 
+def generate_section(cfg, folder, examples, batch=16):
+    """Prompts of the data; every answer as long as allowed, then as long as it wants to be."""
+    prompts = [examples.prompt(i).tolist() for i in range(batch)]
+    decoders = Decoders(folder, batch, cfg.new_tokens)
+    own_ends = decoders.student.config.eos_token_ids
+    lines = []
+    for ends in [[], own_ends] if own_ends else [[]]:
+        length = "up to their EOS" if ends else f"of {cfg.new_tokens} tokens"
+        what = f"tokens/s, {batch} answers {length}"
+        lines += decoders.lines(cfg.repeats, prompts, ends, what, ">= 1.2")
+    return lines
+
+
+def decode_section(cfg, folder, examples, batches=(1, 16, 64), prompt=8):
+    """Steps of decoding alone: prompts of a few tokens, and answers of equal length."""
+    decoders = Decoders(folder, max(batches), cfg.new_tokens, static=True)
+    lines = []
+    for batch in batches:
+        prompts = [examples.tokens[i * prompt :][:prompt].tolist() for i in range(batch)]
+        what = f"tokens/s, {batch} answers at a time, against a static cache"
+        lines += decoders.lines(cfg.repeats, prompts, [], what, ">= 1.3")
+    return lines
+
+
+def batching_section(cfg, folder, examples, answers=64, rows=16, every=64):
+    """Answers that end at different times: every 64th id of the vocabulary ends one.
+
+    Both write `rows` at a time. Here a finished answer makes room for the next; transformers'
+    batches wait for their longest.
+    """
+    decoders = Decoders(folder, rows, 2 * cfg.new_tokens)
+    ends = set(range(0, decoders.student.config.vocab_size, every))
+    prompts = [examples.prompt(i).tolist() for i in range(answers)]
+    what = f"tokens/s, {answers} answers of unequal length, {rows} at a time"
+    return decoders.lines(cfg.repeats, prompts, ends, what, ">= 2")
+
+
 SECTIONS = {
     "parity": parity_section,
     "train": train_section,
     "generate": generate_section,
+    "decode": decode_section,
+    "batching": batching_section,
     "loss": bench_parts.loss_section,
     "moe": bench_parts.moe_section,
     "compile": bench_parts.compile_section,

@@ -36,7 +36,7 @@ def loss_section(cfg, folder, examples, vocabulary=151936, width=512, rows=8192)
             partial(our_loss, student, ids, targets),
             partial(plain_loss, student, ids, targets),
         )
-        lines.append(line(f"seconds, {n} rows, {share:.0%} of them scored", *seconds))
+        lines.append(line(f"seconds, {n} rows, {share:.0%} of them scored", *seconds, ">= 1.0" if share == 1 else ""))
     return lines
 
 

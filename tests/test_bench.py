@@ -51,17 +51,28 @@ def found(lines, what):
 def test_training_and_generation_do_what_transformers_does(tiny, capsys):
     keys = dict(steps=3, repeats=1, new_tokens=5, threads=1)
     lines = bench.main(what="parity,train,generate", model=tiny, **keys)
-    speed = found(lines, "transformers' Trainer")
-    assert speed["ours"] > 0 and speed["other"] > 0 and speed["ratio"] > 0
-    assert found(lines, "difference of the losses")["ours"] < 1e-5
+    for name in ("transformers' Trainer", "TRL's SFTTrainer"):
+        speed = found(lines, name)
+        assert speed["ours"] > 0 and speed["other"] > 0 and speed["ratio"] > 0
+        _, memory, losses = lines[lines.index(speed) :][:3]
+        assert losses["what"] == "largest difference of the losses" and losses["ours"] < 1e-5
+        assert 0.05 < memory["ours"] < 5 and 0.05 < memory["other"] < 5  # GB, with torch in it
     assert found(lines, "logits")["ours"] < 1e-5
-    memory = found(lines, "peak memory")
-    assert 0.05 < memory["ours"] < 5 and 0.05 < memory["other"] < 5  # GB, with torch in it
     same = [line for line in lines if "same ids" in line["what"]]
     # with and without an end of text
     assert [(line["ours"], line["other"]) for line in same] == [(16, 16)] * 2
     last = capsys.readouterr().out.rstrip().splitlines()[-1]
     assert last.startswith("generate: of these, same ids")
+
+
+def test_decoding_and_batching_write_what_transformers_writes(tiny):
+    examples = measure.random_examples(tiny)
+    quick = bench.Config(threads=1, repeats=1, new_tokens=6)
+    lines = bench.decode_section(quick, tiny, examples, batches=(1, 3))
+    lines += bench.batching_section(quick, tiny, examples, answers=7, rows=3, every=8)
+    same = [line for line in lines if "same ids" in line["what"]]
+    assert [line["ours"] for line in same] == [line["other"] for line in same] == [1, 3, 7]
+    assert all(line["ratio"] > 0 for line in lines if "tokens/s" in line["what"])
 
 
 def test_the_ids_of_texts_are_those_of_tokenizers(tmp_path):

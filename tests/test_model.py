@@ -187,6 +187,24 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("bias", [None, torch.randn(513, generator=torch.Generator().manual_seed(1))])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_product_turned_round_for_decoding_is_the_same_product(bias, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(513, 512, generator=generator).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    for B, T in ((1, 1), (3, 1), (3, 2)):
+        x = torch.randn(B, T, 512, generator=generator).to(dtype)
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        with torch.no_grad():
+            y = model.linear(x, weight, bias)
+        assert y.shape == (B, T, 513) and y.dtype == dtype
+        close(y, exact, tolerance)
+        # turned only where it pays: its columns lie side by side then
+        assert (y.stride(-1) != 1) == (B > 1 and T == 1)
+        assert model.linear(x, weight, bias).stride(-1) == 1  # with gradients: as ever
+
+
 def nll_and_gradients(N, chunk, dtype, C=12, V=50):
     """LinearNLL and float64 cross_entropy on the same numbers: two triples (nll, d hidden, d weight)."""
     torch.manual_seed(N)
@@ -206,7 +224,7 @@ def nll_and_gradients(N, chunk, dtype, C=12, V=50):
     return found
 
 
-@pytest.mark.parametrize("N, chunk", [(1, 1), (7, 1), (7, 7), (7, 100), (20, 7), (21, 7)])
+@pytest.mark.parametrize("N, chunk", [(1, 1), (7, 1), (7, 7), (7, 100), (20, 7), (28, 7), (29, 7), (40, 7)])
 def test_linear_nll_equals_float64_cross_entropy(N, chunk):
     ours, exact = nll_and_gradients(N, chunk, torch.float32)
     assert ours[0].dtype == torch.float32
