@@ -11,7 +11,7 @@ The objectives are LLaDA's and LLaDA2's. T3S changes the corruption in two ways:
 fell (yet-to-learn) are masked more often than the others, as in the paper; or those that rose (the
 anchors) leave the loss, which is not in the paper.
 
-Shapes: B rows, T tokens of a row. Arrays are numpy's until the model reads them. Next: sampling.py.
+Shapes: B rows, T tokens of a row. Arrays are numpy's until the model reads them. Next: two_copies.py.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+import two_copies
 from data import uniforms
 from plumbing.config import InputError, above, require
 
@@ -109,7 +110,7 @@ def corrupt_batch(
         inverse_p = np.where(rows.forced, 1 / level, inverse_p)
 
     # 4. what the model reads, x_t, and what it predicts: x_0 where x_t is masked (and scored)
-    batch = hide(rows, masked, config, scored=masked & (rows.weight > 0))
+    batch = hide(rows, masked, config, device, scored=masked & (rows.weight > 0))
 
     # 5. how much each prediction counts, and this batch's part of what the step divides its sum by:
     # counts are added up over all micro-batches first, so the loss does not depend on their cut
@@ -404,10 +405,11 @@ def tilt(t, rows, w, budget):
 # What the model reads and predicts
 
 
-def hide(rows, masked, config, scored=None):
+def hide(rows, masked, config, device, scored=None):
     """Rows of which `masked` is hidden -> {"ids", "targets", "positions", "attention"}.
 
-    A full model reads x_t, (B, T); a block model x_t and x_0, (B, 2T), at positions 0..T-1 twice.
+    Arrays still, but for the attention of a block model, which depends on the device. A full model
+    reads x_t, (B, T); a block model x_t and x_0, (B, 2T), at positions 0..T-1 twice.
     Only masked positions of x_t (if given, only `scored` ones) have a target: their own token.
     """
     # no shift: position i predicts token i. What is visible needs no prediction, it can be copied
@@ -416,9 +418,12 @@ def hide(rows, masked, config, scored=None):
     if config.attention != "block":
         attention = padding_mask(rows)
         return {"ids": noisy, "targets": targets, "positions": None, "attention": attention}
-    ids, positions, attention = noisy_and_clean(noisy, rows.ids, config.block_length)
     # the clean copy is only read: it sees itself, so to predict from it would be to copy
     targets = np.concatenate([targets, np.full_like(targets, -100)], axis=1)
+    ids = np.concatenate([noisy, rows.ids], axis=1)
+    T = noisy.shape[1]
+    positions = np.tile(np.arange(T), 2)[None]
+    attention = two_copies.attention(T, config.block_length, device)
     return {"ids": ids, "targets": targets, "positions": positions, "attention": attention}
 
 
@@ -431,29 +436,6 @@ def padding_mask(rows):
     # sees nothing would have a softmax over nothing, nan
     seen = np.arange(rows.ids.shape[1]) < rows.ends[:, None]
     return "full" if seen.all() or not rows.ends.any() else seen[:, None, None]
-
-
-def noisy_and_clean(noisy, clean, block):
-    """Two (B, T) copies of a text -> ids (B, 2T), positions (1, 2T), attention (1, 1, 2T, 2T) bool.
-
-    Noisy sees noisy of its own block and clean of the blocks before; clean sees clean up to its own
-    block (LLaDA2 report, eq. 3; dFactory, block_diffusion_mask).
-    """
-    # so one pass trains every block as it is decoded: from finished blocks and itself. One copy
-    # would not do, since a block is noise when it is predicted and clean when later ones read it
-    T = noisy.shape[1]
-    number = np.tile(np.arange(T) // block, 2)  # which block a position belongs to
-    is_noisy = np.arange(2 * T) < T
-    query = number[:, None]
-    key = number[None]
-    from_noisy = is_noisy[:, None]
-    to_noisy = is_noisy[None]
-    sees = from_noisy & to_noisy & (key == query)
-    sees |= from_noisy & ~to_noisy & (key < query)  # <=: the answer would lie open in its own block
-    sees |= ~from_noisy & ~to_noisy & (key <= query)
-    ids = np.concatenate([noisy, clean], axis=1)
-    positions = np.tile(np.arange(T), 2)
-    return ids, positions[None], sees[None, None]
 
 
 def forward_cost(config, ends):
@@ -572,7 +554,7 @@ def confidence(model, train_set, examples, draws=0, seed=0):
         # a mask alone leaves tokens without a score; with its complement each has one, and only one
         masks = [masked, rows.maskable & ~masked] if draws else [masked]
         for masked in masks:
-            nll = model(**tensors(hide(rows, masked, config), device))
+            nll = model(**tensors(hide(rows, masked, config, device), device))
             total = total - nll.cpu().numpy()
     mean = total / max(1, draws)
     return [row[a:b] for row, a, b in zip(mean, prompts, sizes, strict=False)]

@@ -77,7 +77,7 @@ def bound(model, data, examples, draws, seed):
         # stratified: over the draws, the level goes once around 0..1
         level = (offset + draw / draws) % 1
         masked, factor = mask_counts(rows, part, level)
-        batch = tensors(hide(rows, masked, config), device)
+        batch = tensors(hide(rows, masked, config, device), device)
         nll = model(**batch)[:, :T]
         nll = nll.double().cpu().numpy()
         found[:, draw] = -(nll * factor).sum(1)

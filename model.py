@@ -185,6 +185,8 @@ class Attention(nn.Module):
         """softmax(q k^T / sqrt(D) + mask) v by the kernel that suits the mask."""
         B, H, T, D = q.shape
         K = k.shape[1]
+        if callable(mask):
+            return mask(q, k, v)
         if mask is not None and not isinstance(mask, torch.Tensor):  # a BlockMask
             return flex()(q, k, v, block_mask=mask, enable_gqa=H != K)
         kernel = F.scaled_dot_product_attention
@@ -468,7 +470,8 @@ class Transformer(nn.Module):
                    diffusion caller does not). Where it is -100 the NLL is 0 and no logits are made.
         positions  (B, T), for RoPE and the cache; default 0 .. T - 1.
         attention  "causal", "full", "block", a bool mask that broadcasts to (B, 1, T, S), True
-                   where a key is seen, or flex_attention's BlockMask; default: the family's own.
+                   where a key is seen, flex_attention's BlockMask, or a function of q, k, v
+                   that does it all; default: the family's own.
         cache      a Cache: keys and values are written at `positions`, and earlier ones are seen.
         logits_at  (B,) or (B, R): only the logits of these positions, (B, 1 or R, V).
         entropy    with targets: -> (NLL, entropy of the distribution in nats), both (B, T), without

@@ -16,6 +16,7 @@ import torch
 import data
 import diffusion
 import model
+import two_copies
 from diffusion import Corruption, corrupt_batch
 from hf import families
 
@@ -274,7 +275,7 @@ def test_what_is_read_and_seen(objective, complementary):
         size = {"llada": LONGEST, "block": math.ceil(size / BLOCK) * BLOCK}.get(objective, size)
         sees = np.ones((size, size), dtype=bool)
         if objective == "block":
-            *_, sees = diffusion.noisy_and_clean(np.zeros((1, size)), np.zeros((1, size)), BLOCK)
+            sees = two_copies.square(size, BLOCK).numpy()
         read, pairs = read + sees.shape[-1], pairs + sees.sum()
     batch = batch_of(student, objective=objective, complementary=complementary)
     assert (batch["read"], batch["pairs"]) == (read * (1 + complementary), pairs * (1 + complementary))
@@ -477,17 +478,6 @@ def test_complementary_rows_cover_the_answer_once():
         one, other = masked[2 * row].numpy(), masked[2 * row + 1].numpy()
         assert np.array_equal(one & other, pads)  # forced: in both
         assert (one | other)[prompt_end - start :].all() and not (one | other)[: prompt_end - start].any()
-
-
-@pytest.mark.parametrize("T, block", [(8, 4), (6, 2), (5, 1), (4, 4)])
-def test_block_mask_equals_the_loops(T, block):
-    ids, positions, sees = diffusion.noisy_and_clean(np.full((2, T), 7), np.full((2, T), 9), block)
-    assert ids.tolist() == [[7] * T + [9] * T] * 2 and positions.tolist() == [[*range(T), *range(T)]]
-    for i in range(2 * T):
-        for j in range(2 * T):
-            a, b = i % T // block, j % T // block
-            rule = {(True, True): a == b, (True, False): b < a, (False, False): b <= a, (False, True): False}
-            assert sees[0, 0, i, j] == rule[i < T, j < T]
 
 
 # --------------------------------------------------------------------------------------------------
