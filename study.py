@@ -56,6 +56,11 @@ SELECTIONS = {
     "matched_random": dict(rule="matched_random"),
     "dft": dict(rule="dft"),
 }
+# does RRT need a longer recovery, or weight decay? row -> keys of train.py, for an SFT of its own
+RECOVERIES = {
+    "rrt-long": dict(steps=108, record_every=6, save_every=6),
+    "rrt-decay": dict(weight_decay=1.0, save_every=4),
+}
 # everything, in the order in which it is run; base is step 0 of sft
 ROWS = (
     *("sft", "base-greedy", "t3s"),
@@ -64,6 +69,7 @@ ROWS = (
     *("rrt", "entropy_high", "t3s-label_free", "t3s-8", "t3s-36"),
     *("retrospective", "matched_random", "dft"),
     *("sft-sgd", "t3s-sgd"),
+    *RECOVERIES,
 )
 PRIMARY = ("sft", "base", "random", "static_low", "own-greedy")  # t3s minus these
 SGD_RATES = (0.1, 0.3, 1.0, 3.0)  # chosen from on student 1, which the study does not count
@@ -104,6 +110,8 @@ def measure(row, student):
     if row == "mechanism":
         demo.run(mechanism.main, "mechanism.py", run=student.run("sft"))
         return []
+    if row in RECOVERIES:
+        return recovered(row, student)
     later = dict(record_every=LATER, save_every=0)
     if row in demo.OWN_ANSWERS:
         answers = demo.own_answers(student.model, same, row, **demo.OWN_ANSWERS[row])
@@ -118,6 +126,14 @@ def measure(row, student):
     keys = dict(SELECTIONS[row], run=student.run("sft"), seed=int(student.seed), show=0)
     selection, _ = demo.select(**demo.named(row, keys))
     return trained(student, row, selection=str(selection), **later)
+
+
+def recovered(row, student):
+    """RRT from an SFT with keys of its own -> its accuracy at s = 1."""
+    run = f"{row}-sft"
+    trained(student, run, model=student.model, **{**student.same, **RECOVERIES[row]})
+    found, _ = demo.run(mechanism.main, "mechanism.py", run=student.run(run), what="rrt")
+    return [found["rrt"]["accuracy"][found["rrt"]["s"].index(1.0)]]
 
 
 def trained(student, row, **keys):
@@ -268,17 +284,20 @@ def look(seed):
         found["yet-to-learn at the end, nats"] = fell[-1]
     if (run / "mechanism.json").exists():
         found |= look_at_mechanism(read_json(run / "mechanism.json"))
+    for row in RECOVERIES:
+        path = run_folder(f"study/{seed}/{row}-sft") / "mechanism.json"
+        if path.exists():
+            found |= look_at_rrt(read_json(path)["rrt"], f"{row}: ")
     return {name: float(value) for name, value in found.items()}
 
 
 def look_at_mechanism(found):
-    gradients, rrt = found["gradients"], found["rrt"]
+    gradients = found["gradients"]
     steps = gradients["steps"]
     low = steps.index(found["bottleneck_step"])
     crash = slice(1, low + 1)  # the recordings after step 0, up to the bottleneck
     harm = found["interventions"]["others_by_anchors"]
     back = found["interventions"]["anchors_by_others"]
-    accuracy = rrt["accuracy"]
     changes = found["transfer"]["changes"]
     return {
         "below their base confidence at the bottleneck": found["confidence"]["below_base"][low],
@@ -292,10 +311,17 @@ def look_at_mechanism(found):
         "anchors' loss by an update on others, in the crash, nats": np.mean(back[crash]),
         "lowest group's loss by updates on the highest, nats": changes[-1][0],
         "highest group's loss by updates on the lowest, nats": changes[0][-1],
-        "RRT at its best s minus base": max(accuracy[1:]) - accuracy[0],
-        "RRT at s = 1 minus base": accuracy[rrt["s"].index(1.0)] - accuracy[0],
-        "projection of the recovery on the damage": rrt["projection"],
-        "cosine of recovery and damage": rrt["cosine"],
+        **look_at_rrt(found["rrt"]),
+    }
+
+
+def look_at_rrt(found, before=""):
+    accuracy = found["accuracy"]
+    return {
+        f"{before}RRT at its best s minus base": max(accuracy[1:]) - accuracy[0],
+        f"{before}RRT at s = 1 minus base": accuracy[found["s"].index(1.0)] - accuracy[0],
+        f"{before}projection of the recovery on the damage": found["projection"],
+        f"{before}cosine of recovery and damage": found["cosine"],
     }
 
 

@@ -35,6 +35,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "SGD_RATES", (0.01, 0.5))
     moved = {"t3s-8": dict(rule="t3s", bottleneck="2"), "t3s-36": dict(rule="t3s", bottleneck="4")}
     moved["t3s-label_free"] = dict(rule="t3s", bottleneck="2")
+    longer = {"rrt-long": dict(steps=6, save_every=2), "rrt-decay": dict(weight_decay=1.0, save_every=2)}
+    monkeypatch.setattr(study, "RECOVERIES", longer)
     monkeypatch.setattr(study, "SELECTIONS", study.SELECTIONS | moved)
     return tmp_path
 
@@ -69,7 +71,10 @@ def test_every_row_is_run_once_however_often_the_study_is_stopped(small, monkeyp
     done = table()["done"]
     assert set(done) == {"base", *study.ROWS}
     assert all(0 <= a <= 1 for cells in done.values() for a in cells["2"]["accuracies"])
-    runs = [row for row in study.ROWS if row not in ("base-greedy", "rrt", "mechanism")]
+    untrained = ("base-greedy", "rrt", "mechanism", *study.RECOVERIES)
+    assert all(len(done[row]["2"]["accuracies"]) == (row != "mechanism") for row in untrained)
+    assert run_keys(Path("runs/study/2/rrt-long-sft"))["steps"] == 6
+    runs = [row for row in study.ROWS if row not in untrained]
     for row in runs:
         assert len(done[row]["2"]["accuracies"]) == (3 if row == "sft" else 2), row
     keys = {row: run_keys(Path(f"runs/study/2/{row}")) for row in runs}
