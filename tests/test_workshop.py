@@ -24,7 +24,7 @@ MISTAKES = [
     (1, "on unseen problems", '[step]["acc', '[step]["eval_acc', "the step: yours is 16, expected 8"),
     (1, "a fall above 0", "low[\"accuracy\"] - start[\"accuracy\"]", "start[\"accuracy\"] - low[\"accuracy\"]",
      "yours is 0.3, expected -0.3"),
-    (1, "updates too", ' if line.get("event") == "record"', "", "KeyError: 'accuracy' (1_shock.py, line "),
+    (1, "updates too", 'if line.get("event") == "record":', "if True:", "KeyError: 'accuracy' (1_shock.py, line "),
     (2, "the easiest half", "argsort(start", "argsort(-start", "what leaves the loss: at ["),
     (2, "rounded down", "(len(anchors) + 1) // 2", "len(anchors) // 2", "yours is 0, expected 1"),
     (2, "rounded to even", "(len(anchors) + 1) // 2", "round(len(anchors) / 2)", "yours is 0, expected 1"),
@@ -74,7 +74,7 @@ MISTAKES = [
     (7, "in the loop", "all_reduce(sum(weights.sum() for _, weights in batches))",
      "sum(all_reduce(weights.sum()) for _, weights in batches)",
      "1 of 2 wait for ever in all-reduce number 3, which the others never enter"),
-    (7, "leaves early", "    # once each", "    if not batches:\n        return 0.0\n    # once each",
+    (7, "leaves early", "    # after", "    if not batches:\n        return 0.0\n    # after",
      "2 of 3 wait for ever in all-reduce number 1"),
 ]  # fmt: skip
 
@@ -127,6 +127,16 @@ def test_whatever_a_participant_writes_ends_in_one_line(tmp_path, body, said):
     (tmp_path / "1_shock.py").write_text(f"def shock(lines):\n{body}\n")
     verdict = check.verdict(1, tmp_path)
     assert said in verdict and "\n" not in verdict
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("value", ["None", "'a'", "[[1], [1, 2]]", "object()", "1j", "batches"])
+def test_whatever_an_answer_returns_the_verdict_is_one_line(tmp_path, number, value):
+    name = check.EXERCISES[number].file
+    unwritten = (ROOT / "workshop/exercises" / name).read_text(encoding="utf-8")
+    (tmp_path / name).write_text(unwritten.replace("raise NotImplementedError", f"return {value}"), encoding="utf-8")
+    verdict = check.verdict(number, tmp_path)
+    assert "\n" not in verdict and verdict != "passed" and len(verdict) < 200
 
 
 def test_a_function_of_another_name_is_missed(tmp_path):

@@ -42,11 +42,11 @@ class Wrong(Exception):
 
 
 class Answer:
-    """The functions of a participant's file. answer.f(...) calls f; what it raises becomes Wrong."""
+    """A participant's file: answer.f(...) calls its function f, and what f raises becomes Wrong."""
 
     def __init__(self, path):
         self.path = path
-        self.module = None
+        self.module = None  # for __getattr__, should loading fail
         self.module = self.guarded(load, path)
 
     def __getattr__(self, name):
@@ -69,8 +69,10 @@ class Answer:
 
     def place(self, error):
         """File and line of the participant's last word before the error."""
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(self.path)]
-        line = lines[-1] if lines else getattr(error, "lineno", None)  # a SyntaxError names its own
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(self.path)]
+        # a file with a syntax error never ran, and the error itself names the line
+        line = lines[-1] if lines else getattr(error, "lineno", None)
         return f"{self.path.name}, line {line}" if line else self.path.name
 
 
@@ -92,10 +94,11 @@ def same(what, yours, expected, tolerance=1e-9):
     try:
         given = np.asarray(yours)
         numbers = given.astype(np.float64)
-    except (TypeError, ValueError):
+    except Exception:  # whatever it is, it is no array: numpy and torch raise half a dozen kinds
         raise Wrong(f"{what}: yours is {shown(yours)}, expected {shown(expected)}") from None
     if given.shape != expected.shape:
         raise Wrong(f"{what}: yours has shape {given.shape}, expected {expected.shape}")
+    # a rule that returns 0.0 and 1.0 means weights by it, which is something else than a mask
     if (given.dtype == bool) != (expected.dtype == bool):
         raise Wrong(f"{what}: yours has dtype {given.dtype}, expected {expected.dtype}")
     # written so that nan differs too
@@ -104,11 +107,11 @@ def same(what, yours, expected, tolerance=1e-9):
         return
     if not expected.ndim:
         raise Wrong(f"{what}: yours is {shown(given)}, expected {shown(expected)}")
+    # the first place only: all of them would be the solution, written as numbers
     first = tuple(int(i) for i in np.argwhere(apart)[0])
-    raise Wrong(
-        f"{what}: at {list(first)} yours is {shown(given[first])}, expected {shown(expected[first])} "
-        f"({int(apart.sum())} of {apart.size} differ)"
-    )
+    difference = f"yours is {shown(given[first])}, expected {shown(expected[first])}"
+    count = f"{int(apart.sum())} of {apart.size} differ"
+    raise Wrong(f"{what}: at {list(first)} {difference} ({count})")
 
 
 def shown(value):
@@ -117,7 +120,7 @@ def shown(value):
         return repr(value)[:60]
     try:
         return f"{np.asarray(value).item():.6g}"
-    except (TypeError, ValueError):
+    except Exception:  # an array, or something stranger
         return " ".join(repr(value).split())[:60]
 
 
@@ -225,7 +228,8 @@ def show_bottleneck(answer):
     low = select.find_bottleneck({step: float(t["accuracy"]) for step, t in trajectory.items()})
     for other in sorted(trajectory)[1:]:
         share, overlap = answer.move(trajectory, low, other, response, 0.0)
-        print(f"  step {other:2}: {share:.3f} are anchors, and {overlap:.3f} of those of step {low}")
+        kept = f"{overlap:.3f} of those of step {low}"
+        print(f"  step {other:2}: {share:.3f} are anchors, and {kept}")
 
 
 def recorded_run():
@@ -257,13 +261,24 @@ def check_weight(answer):
             nll = np.array([[surprise(p, i, masked[0]) for i in range(T)]])
             for t, share in zip((points + 1) / 2, shares / 2, strict=True):
                 chance = t ** masked.sum() * (1 - t) ** (~masked).sum()
-                given = answer.loss(nll, masked, np.array([[t]]))
-                if np.shape(given) != ():
-                    raise Wrong(f"yours has shape {np.shape(given)}, expected one number")
-                mean += share * chance * given
+                # nll at visible positions too: they are easy to know, and must not count
+                mean += share * chance * one_number(answer.loss(nll, masked, np.array([[t]])))
         what = f"texts of {T} tokens: the mean of all draws, against -log p(text) / {T}"
         same(what, mean, -np.log(p[(0,) * T]) / T, tolerance=1e-6)
     check_rows(answer, rng)
+
+
+def one_number(given):
+    """A float, or Wrong."""
+    try:
+        array = np.asarray(given, dtype=np.float64)
+    except Exception:  # as in `same`
+        array = None
+    if given is None or array is None:
+        raise Wrong(f"yours returned {shown(given)}, expected one number")
+    if array.ndim:
+        raise Wrong(f"yours has shape {array.shape}, expected one number")
+    return float(array)
 
 
 def surprise(p, i, masked):
@@ -279,7 +294,7 @@ def check_rows(answer, rng):
     nll = rng.exponential(size=(2, 5))
     masked = np.array([[1, 0, 0, 0, 1], [1, 1, 1, 1, 0]]) > 0
     t = np.array([[0.3], [0.8]])
-    alone = [answer.loss(nll[[i]], masked[[i]], t[[i]]) for i in (0, 1)]
+    alone = [one_number(answer.loss(nll[[i]], masked[[i]], t[[i]])) for i in (0, 1)]
     same("two rows, against the mean of each alone", answer.loss(nll, masked, t), np.mean(alone))
 
 
@@ -368,7 +383,8 @@ def show_label_free(answer):
     trajectory, response = recorded_run()
     steps = np.array(sorted(trajectory))
     curve = answer.fall(np.stack([select.confidence(trajectory, s, response) for s in steps]))
-    print("  " + ", ".join(f"{step}: {value:.4f}" for step, value in zip(steps, curve, strict=True)))
+    points = zip(steps, curve, strict=True)
+    print("  " + ", ".join(f"{step}: {value:.4f}" for step, value in points))
     print(f"  the lowest: step {answer.turn(steps, curve)}")
 
 

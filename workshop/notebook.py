@@ -54,12 +54,12 @@ toy.main(seed=1, out=f"data/{home}", **world)
 keys = dict(
     data=f"data/{home}/teacher",
     eval_data=f"data/{home}/unseen",
-    steps=24 if SMALL else 36,
+    steps=12 if SMALL else 36,
     batch_size=0,  # all examples in every step
     micro_batch_size=100,
-    lr=4e-4,
+    lr=1e-3 if SMALL else 4e-4,
     schedule="constant",
-    record_every=12 if SMALL else 4,
+    record_every=6 if SMALL else 4,
     max_new_tokens=60,
     seed=1,
 )
@@ -76,7 +76,7 @@ lines = trained("sft", model="students/toy-1", **keys)
 
 # %%
 step, change, nll_change = answers(1).shock(lines)
-print(f"bottleneck: step {step}; accuracy {change:+.3f}, NLL {nll_change:+.3f} nats, both against step 0")
+print(f"bottleneck: step {step}; against step 0: accuracy {change:+.3f}, NLL {nll_change:+.3f} nats")
 
 
 def curve(lines, key):

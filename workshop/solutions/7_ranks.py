@@ -2,7 +2,7 @@
 
 
 def step_loss(batches, all_reduce):
-    # once each, after the loop: every rank enters as many collectives as the others, whatever it has
+    # after the loop: every rank enters two collectives, however many micro-batches it has
     total = all_reduce(sum((nll * weights).sum() for nll, weights in batches))
     count = all_reduce(sum(weights.sum() for _, weights in batches))
     return total / count
