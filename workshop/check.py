@@ -329,8 +329,8 @@ def check_confidence(answer):
         hidden = np.asarray(masked, dtype=bool)
         if hidden.shape != (B, T):
             raise Wrong(f"score was given shape {hidden.shape}, expected {(B, T)}")
-        read = diffusion.tensors(diffusion.hide(rows, hidden, student.config), "cpu")
-        return student(**read)[:, :T].numpy().astype(np.float64)
+        read = diffusion.hide(rows, hidden, student.config, "cpu")
+        return student(**diffusion.tensors(read, "cpu"))[:, :T].numpy().astype(np.float64)
 
     u = [
         diffusion.lay_out(student.config, texts, every, np.full(B, T), f"0 draw {k}").u
