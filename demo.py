@@ -36,8 +36,7 @@ from plumbing.runs import records
 
 @dataclass
 class Config:
-    world: str = ""  # slips, facts or weak: what the students are weak at (toy.py);
-    # default: slips, for diffusion students weak
+    world: str = "slips"  # slips, facts or weak: what the students are weak at (toy.py)
     student: str = "autoregressive"  # or diffusion
     seeds: str = ""  # students and worlds; default: those in students/
     steps: int = 0  # optimizer steps of every run: equal budget; 0: 36, in the facts world 48
@@ -50,7 +49,6 @@ class Config:
 
 
 SEEDS = {"slips": "1,2,3", "facts": "31,32,33", "weak": "21,22,23"}
-DEFAULT_WORLD = {"autoregressive": "slips", "diffusion": "weak"}
 DEFAULT_LR = {"autoregressive": 4e-4, "diffusion": 1e-4}
 STEPS = {"slips": 36, "facts": 48, "weak": 36}
 
@@ -79,6 +77,7 @@ MASKED_SELECTIONS = {
     "keep-unscored": (dict(kind="keep", rule="t3s", tau=1.0), dict(anchors="unscored")),
     "keep-random": (dict(kind="keep", rule="random", tau=1.0), {}),
 }
+SHOWN_MASKED = ("sft", "force", "keep")  # in the picture; of the others only the end is recorded
 # ... and the controls without a teacher: row of the table -> keys of own.py
 OWN_ANSWERS = {
     "own-greedy": dict(temperature=0.0),
@@ -97,7 +96,7 @@ def main(**given):
     seeds = check(cfg)
     is_ar = cfg.student == "autoregressive"
     home = "demo" if is_ar else "demo-diffusion"
-    home += "" if cfg.world == DEFAULT_WORLD[cfg.student] else f"-{cfg.world}"
+    home += "" if cfg.world == "slips" else f"-{cfg.world}"
     shutil.rmtree(f"runs/{home}", ignore_errors=True)
     table = {}  # {row: {"final", "lowest": an accuracy per seed}}
     for seed in seeds:
@@ -107,7 +106,7 @@ def main(**given):
         # after every student, so that a long demo that is stopped leaves what it has
         write_json(f"runs/{home}/table.json", {"rows": rows})
     shown = ("sft", "t3s", "t3s-2.5") if cfg.world == "facts" else ("sft", "t3s")
-    shown = shown if is_ar else ("sft", "force", "keep")
+    shown = shown if is_ar else SHOWN_MASKED
     names = {name: [f"{home}/{seed}/{name}" for seed in seeds] for name in shown}
     if not cfg.record_later:  # curves of equal length
         report.figure(names, names["sft"], f"runs/{home}/demo.png")
@@ -122,8 +121,7 @@ def main(**given):
 
 def check(cfg):
     """Fill in the defaults that depend on student and world -> the seeds. Raises InputError."""
-    require(cfg, student=tuple(DEFAULT_WORLD))
-    cfg.world = cfg.world or DEFAULT_WORLD[cfg.student]
+    require(cfg, student=tuple(DEFAULT_LR))
     cfg.lr = cfg.lr or DEFAULT_LR[cfg.student]
     require(
         cfg,
@@ -176,7 +174,7 @@ def diffusion_cycle(cfg, home, seed, table):
     (the paper's form), or what rose leaves the loss, masked no more or masked but not scored."""
     _, same = world(cfg, seed)
     student = f"students/{toy.WORLDS[cfg.world].name}-diffusion-{seed}"
-    later = dict(record_every=cfg.record_later or cfg.record_every)
+    at_the_end = dict(record_every=cfg.record_later or cfg.steps)
     # a mask and its complement, twice: confidence in a token depends on what else is hidden
     sft = trained(f"{home}/sft", model=student, confidence_draws=4, **same)
     note(table, "base", sft[:1])
@@ -187,12 +185,14 @@ def diffusion_cycle(cfg, home, seed, table):
         keys = dict(keys, bottleneck=lowest, seed=int(seed), show=0, name=name)
         folder, output = select(run=f"{home}/sft", **keys)
         print(output.splitlines()[-1])
-        # all that is not given is inherited from pass 1
-        more = {**more, **(later if cfg.record_later else {})}
+        if cfg.record_later or name not in SHOWN_MASKED:
+            more = more | at_the_end
+        # all that is not given is inherited from pass 1; only that one is selected from
+        more = more | dict(confidence_draws=0)
         note(table, name, trained(f"{home}/{name}", selection=str(folder), **more))
     for name, keys in OWN_ANSWERS.items():
         answers = own_answers(student, same, name, **keys)
-        keys = {**same, **later, "data": answers}
+        keys = {**same, **at_the_end, "data": answers}
         note(table, name, trained(f"{home}/{name}", model=student, **keys))
 
 
