@@ -280,8 +280,8 @@ def look(seed):
         _, anchors, fell, low = report.bifurcation(f"study/{seed}/sft", run / "selection/t3s")
         at = steps.index(low)
         found["anchors at the bottleneck, nats"] = anchors[at]
-        found["yet-to-learn at the bottleneck, nats"] = fell[at]
-        found["yet-to-learn at the end, nats"] = fell[-1]
+        found["yet-to-learn at the bottleneck, 0.001 nats"] = 1000 * fell[at]
+        found["yet-to-learn at the end, 0.001 nats"] = 1000 * fell[-1]
     if (run / "mechanism.json").exists():
         found |= look_at_mechanism(read_json(run / "mechanism.json"))
     for row in RECOVERIES:
@@ -307,10 +307,10 @@ def look_at_mechanism(found):
         "norm ratio at the bottleneck": gradients["ratio"][low],
         "lowest cosine in the crash": min(gradients["cosine"][crash]),
         "mean cosine in the crash": np.mean(gradients["cosine"][crash]),
-        "others' loss by an update on anchors, in the crash, nats": np.mean(harm[crash]),
-        "anchors' loss by an update on others, in the crash, nats": np.mean(back[crash]),
-        "lowest group's loss by updates on the highest, nats": changes[-1][0],
-        "highest group's loss by updates on the lowest, nats": changes[0][-1],
+        "others by an update on anchors, in the crash, 0.001 nats": 1000 * np.mean(harm[crash]),
+        "anchors by an update on others, in the crash, 0.001 nats": 1000 * np.mean(back[crash]),
+        "lowest group by updates on the highest, 0.001 nats": 1000 * changes[-1][0],
+        "highest group by updates on the lowest, 0.001 nats": 1000 * changes[0][-1],
         **look_at_rrt(found["rrt"]),
     }
 

@@ -5,7 +5,7 @@ downloads.
     python toy.py --seed=1 --pretrain=true    # and pretrain that student: students/toy-1/
     python toy.py --seed=1 --diffusion=true   # and make a masked-diffusion student of it
     python toy.py --world=facts --seed=31     # the other world: data/facts-31/
-    python toy.py --classes=demo/1/sft        # a run's confidence and errors by class of token
+    python toy.py --classes=demo/1/sft        # a run by class of token: confidence, errors, selections
 
 A problem is a digit and four operations, from left to right, modulo 10: `3+5*2-7+4?`. Student and
 teacher both write a step per operation, `3+5=8; 8*2=6; 6-7=9; 9+4=3; >3`, each in its own manner:
@@ -441,10 +441,11 @@ def first_error(problem, response, unknown=frozenset()):
 
 
 def show_classes(run):
-    """Print a run by class of token -> {"confidence": {step: {class: p}}, "errors": {...}}.
+    """Print a run by class of token -> {"confidence": {step: {class: p}}, "kept", "errors": {...}}.
 
     Confidence is the mean probability that the student gives the teacher's tokens of a class, which
-    is how often it would sample them; of recorded steps, over the training data. Errors are the
+    is how often it would sample them; of recorded steps, over the training data. Kept is the share
+    of a class's loss at step 0 that each selection of the run leaves to train on. Errors are the
     shares of answers whose first error is of a class, for each file of answers in the run's eval/.
     Raises InputError for a run whose data is not of a world that toy.py wrote.
     """
@@ -463,11 +464,27 @@ def show_classes(run):
         means = {name: probability[classes == name].mean() for name in CLASSES if name in classes}
         confidence[int(path.stem)] = {name: float(mean) for name, mean in means.items()}
     print_table("mean probability of the teacher's tokens, by recorded step", confidence)
+    kept = {}
+    for path in sorted((folder / "selection").glob("*/mask.npy")):
+        kept[path.parent.name] = loss_kept(np.load(path), folder, classes)
+    print_table("share of the loss at step 0 that a selection keeps", kept)
     errors = {}
     for path in sorted((folder / "eval").glob("*.jsonl")):
         errors[path.stem] = error_shares(path, home.parent, unknown)
     print_table("share of all answers by their first error", errors)
-    return {"confidence": confidence, "errors": errors}
+    return {"confidence": confidence, "kept": kept, "errors": errors}
+
+
+def loss_kept(mask, folder, classes):
+    """{class: share of its NLL under theta_0 that stays in the loss}; mask (n_tokens,)."""
+    with np.load(folder / "trajectory" / "000000.npz") as recorded:
+        nll = -recorded["logprob"].astype(np.float64)
+    found = {}
+    for name in CLASSES:
+        own = classes == name
+        if own.any():
+            found[name] = float((mask[own] * nll[own]).sum() / nll[own].sum())
+    return found
 
 
 def error_shares(path, world, unknown):

@@ -22,7 +22,7 @@ import toy
 import train
 import verify
 from hf.tokenizer import load_tokenizer
-from plumbing.config import InputError, read_json
+from plumbing.config import InputError, load_select, read_json
 from sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
@@ -182,6 +182,10 @@ def test_a_run_by_class_of_token(tmp_path, capsys):
         student = str(STUDENTS[0])
         train.main(run="sft", model=student, data="data/facts-3/teacher", device="cpu", **keys)
         evaluation.main(run="sft", data="data/facts-3/unseen", device="cpu")
+        load_select().main(run="sft", bottleneck="2", show=0)
+        mask = np.load("runs/sft/selection/t3s/mask.npy")
+        with np.load("runs/sft/trajectory/000000.npz") as recorded:
+            start = recorded["logprob"]
         capsys.readouterr()
         found = toy.main(classes="sft")
         printed = capsys.readouterr().out
@@ -209,6 +213,8 @@ def test_a_run_by_class_of_token(tmp_path, capsys):
         if places:
             expected = np.exp(logprob[places]).mean()
             assert found["confidence"][1][name] == pytest.approx(expected, rel=1e-5)
+            left = sum(start[i] for i in places if mask[i]) / sum(start[places])
+            assert found["kept"]["t3s"][name] == pytest.approx(left, rel=1e-4, abs=1e-6)
     assert of["teacher's word"] and "teacher's word" in printed
     wrong = sum(found["errors"]["unseen-000002"].values())
     first_errors = [row for row in answers if not row["correct"]]
