@@ -1,10 +1,10 @@
 # %% [markdown]
 # # T3S in a notebook
 #
-# The path of docs/WORKSHOP.md, to run from top to bottom: on a laptop about ten minutes, most of
-# them in four short trainings. The cells of this file are marked with `# %%`. VS Code shows them as
-# a notebook by itself (Run Cell); for Jupyter, `pip install jupytext` and open this file "as a
-# notebook", or make one with `jupytext --to notebook workshop/notebook.py`. As a plain program it
+# The path of docs/WORKSHOP.md, to run from top to bottom: two and a half minutes of one idle core,
+# most of them in four short trainings. The cells of this file are marked with `# %%`. VS Code shows
+# them as a notebook by itself (Run Cell); for Jupyter, `pip install jupytext` and open this file "as
+# a notebook", or make one with `jupytext --to notebook workshop/notebook.py`. As a plain program it
 # runs too: `python workshop/notebook.py`.
 
 # %%
