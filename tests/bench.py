@@ -206,13 +206,20 @@ def trainer_steps(run, after_step, bf16=False, trl=False):
     """
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+    batches = trainer_batches(run)
+    a_step = len(batches) // run.cfg.steps
     kind, settings, keys, more = Trainer, TrainingArguments, {}, {}
     if trl:
+        from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
         kind, settings = SFTTrainer, SFTConfig
         keys = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
         more = {"processing_class": bare_tokenizer()}
+        for batch in batches:  # it wants these or a mask; padding lies on the right
+            batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+        rows = [{key: value.tolist() for key, value in batch.items()} for batch in batches]
+        batches = Dataset.from_list(rows).with_format("torch")  # it takes no list
     losses = []
 
     class AfterStep(TrainerCallback):
@@ -225,8 +232,6 @@ def trainer_steps(run, after_step, bf16=False, trl=False):
             return losses[-1]
 
     cfg = run.cfg
-    batches = trainer_batches(run)
-    a_step = len(batches) // cfg.steps
     with tempfile.TemporaryDirectory() as out:
         arguments = settings(
             out,

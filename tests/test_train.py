@@ -503,7 +503,8 @@ def test_blocks_stay_compiled_although_answers_are_sampled(here, n):
     done = torchrun(n, script="compiled.py", words=words)
     assert done.returncode == 0, done.stderr
     blocks = families.read_config("data/toy-1/untrained").num_hidden_layers
-    assert f"compiled: {blocks} of {blocks} blocks, in " in done.stdout and "warning" not in done.stdout
+    assert f"compiled: {blocks} of {blocks} blocks, in " in done.stdout
+    assert "warning: from step" not in done.stdout  # a fall of the count; this student's answers have another
     assert [line["compiled"] for line in log("compiled") if "loss" in line] == [blocks] * 3
     assert re.findall(r"^regions: (\d+)$", done.stdout, re.M) == [str(blocks)] * n
     assert losses("compiled") == pytest.approx(losses("eager"), abs=1e-5)
