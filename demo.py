@@ -38,7 +38,7 @@ from plumbing.runs import records
 class Config:
     world: str = "slips"  # slips, facts or weak: what the students are weak at (toy.py)
     student: str = "autoregressive"  # or diffusion
-    seeds: str = ""  # students and worlds; default: those in students/
+    seeds: str = ""  # students and worlds; default: those in students/ (weak: none is, --pretrain=true)
     steps: int = 0  # optimizer steps of every run: equal budget; 0: 36, in the facts world 48
     lr: float = 0.0  # constant; the batch is the whole training set; 0: 4e-4, diffusion 1e-4
     record_every: int = 4  # steps between two recorded checkpoints

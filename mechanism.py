@@ -42,7 +42,6 @@ from plumbing.config import (
     load_select,
     require,
     require_given,
-    whole_file,
     write_json,
 )
 from plumbing.runs import checkpoint, load_trajectory, read_keys, run_folder
@@ -398,10 +397,7 @@ def draw(found, path):
     )
     for name, axis in zip(panels, axes[0], strict=True):
         PANELS[name](axis, found[name])
-        axis.spines[["top", "right"]].set_visible(False)
-    with whole_file(path) as aside:
-        fig.savefig(aside, dpi=130, format="png")
-    plt.close(fig)
+    report.save(fig, path)
 
 
 def lines(axis, x, found, names):

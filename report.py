@@ -160,6 +160,12 @@ def figure(groups, first, path, selection=None):
                 label = None if i else "bottleneck of pass 1"
                 axis.axvline(step, color="grey", linewidth=0.8, linestyle=":", label=label)
         axis.legend(frameon=False, fontsize=8)
+    save(fig, path)
+
+
+def save(fig, path):
+    """Write a picture as PNG, atomically; without the two sides of each frame that hold no scale."""
+    for axis in fig.axes:
         axis.spines[["top", "right"]].set_visible(False)
     with whole_file(path) as aside:
         fig.savefig(aside, dpi=130, format="png")

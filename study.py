@@ -351,8 +351,9 @@ def draw_gradients(found, path):
         report.band(axis, found[0]["steps"], values, report.COLOURS[0], f"{len(values)} students")
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set(title=f"gradients of anchors and others: {key}", xlabel="step of pass 1")
+        axis.legend(frameon=False, fontsize=8)
     axes[0].set_yscale("log")
-    save(fig, axes, path)
+    report.save(fig, path)
 
 
 def draw_bottlenecks(done, seeds, path):
@@ -369,16 +370,8 @@ def draw_bottlenecks(done, seeds, path):
         axis.plot(*zip(*sorted(points), strict=True), ".-", color=colour, label=f"student {seed}")
     axis.set(title="final accuracy of T3S", ylim=(0, 1))
     axis.set_xlabel("step that the bottleneck is put at")
-    save(fig, [axis], path)
-
-
-def save(fig, axes, path):
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    with whole_file(path) as aside:
-        fig.savefig(aside, dpi=130, format="png")
-    plt.close(fig)
+    axis.legend(frameon=False, fontsize=8)
+    report.save(fig, path)
 
 
 if __name__ == "__main__":

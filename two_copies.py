@@ -65,25 +65,34 @@ def in_stretches(q, k, v, *, block):
     a quarter of the square's pairs, and a mask of STRETCH rows at a time.
     """
     T = q.shape[2] // 2
+    noisy_q, clean_q = q.split(T, dim=2)
     noisy_k, clean_k = k.split(T, dim=2)
     noisy_v, clean_v = v.split(T, dim=2)
     number = torch.arange(T, device=q.device) // block
-    kernel = functools.partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
+    yes = torch.tensor(True, device=q.device)
+    is_grouped = q.shape[1] != k.shape[1]
+    kernel = functools.partial(F.scaled_dot_product_attention, enable_gqa=is_grouped)
     step = max(1, STRETCH // block) * block  # whole blocks, so that a noisy block is not cut
     noisy = []
     clean = []
     for start in range(0, T, step):
         end = min(start + step, T)
-        own = number[start:end, None]  # (S, 1)
-        before = number[:end] < own  # (S, end)
-        beside = number[start:end] == own  # (S, S)
-        keys = torch.cat([clean_k[:, :, :end], noisy_k[:, :, start:end]], dim=2)
-        values = torch.cat([clean_v[:, :, :end], noisy_v[:, :, start:end]], dim=2)
-        mask = torch.cat([before, beside], dim=1)
-        noisy.append(kernel(q[:, :, start:end], keys, values, attn_mask=mask))
-        queries = q[:, :, T + start : T + end]
-        mask = number[:end] <= own
-        clean.append(kernel(queries, clean_k[:, :, :end], clean_v[:, :, :end], attn_mask=mask))
+        here = slice(start, end)
+        own = number[here, None]  # (S, 1)
+        earlier_k = clean_k[:, :, :end]
+        earlier_v = clean_v[:, :, :end]
+
+        of_clean = sees(own, yes, number[:end], ~yes)  # (S, end)
+        of_noisy = sees(own, yes, number[here], yes)  # (S, S)
+        mask = torch.cat([of_clean, of_noisy], dim=1)
+        keys = torch.cat([earlier_k, noisy_k[:, :, here]], dim=2)
+        values = torch.cat([earlier_v, noisy_v[:, :, here]], dim=2)
+        queries = noisy_q[:, :, here]
+        noisy.append(kernel(queries, keys, values, attn_mask=mask))
+
+        mask = sees(own, ~yes, number[:end], ~yes)
+        queries = clean_q[:, :, here]
+        clean.append(kernel(queries, earlier_k, earlier_v, attn_mask=mask))
     return torch.cat(noisy + clean, dim=2)
 
 
@@ -96,13 +105,12 @@ def tiles(T, block, device):
     """A BlockMask for flex_attention, which skips tiles that are empty and does not look into full ones.
 
     torch's create_block_mask would make the square first. Whether a tile is empty or full follows
-    from the square of blocks, which is `block`^2 times as small. block divides TILE.
+    from the square of blocks, which is `block`^2 times as small. block divides T and TILE.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    blocks = -(-T // block)
-    # a position's copy and block; the copies meet inside of a tile if T is no multiple of TILE
-    grid = square(blocks, 1, device)  # (2 blocks, 2 blocks)
+    # the two copies meet inside of a tile if T is no multiple of TILE
+    grid = square(T // block, 1, device)  # blocks in place of tokens
     per_tile = TILE // block
     rest = -len(grid) % per_tile
     n = (len(grid) + rest) // per_tile
@@ -112,11 +120,14 @@ def tiles(T, block, device):
     full = grid.all(3).all(1)
 
     def visible(row, head, query, key):
-        return sees(query % T // block, query < T, key % T // block, key < T)
+        query_block = query % T // block
+        key_block = key % T // block
+        return sees(query_block, query < T, key_block, key < T)
 
-    return BlockMask.from_kv_blocks(
-        *numbered(some & ~full), *numbered(full), TILE, visible, seq_lengths=(2 * T, 2 * T)
-    )
+    partial = numbered(some & ~full)
+    whole = numbered(full)
+    ends = (2 * T, 2 * T)
+    return BlockMask.from_kv_blocks(*partial, *whole, TILE, visible, seq_lengths=ends)
 
 
 def numbered(chosen):

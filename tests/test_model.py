@@ -6,9 +6,7 @@ The diffusion families (LLaDA-8B, LLaDA2) and Ling-2 are in test_model_diffusion
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from twins import TWINS, close, oracle_gradients, some_ids
+from twins import TWINS, Largest, close, oracle_gradients, some_ids
 
 import model
 from hf import families
@@ -173,18 +171,6 @@ def test_init_weights_is_a_function_of_the_seed(twin):
         0.02, rel=0.1
     )
     assert one(some_ids()).isfinite().all()
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        made = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.numel = max([self.numel, *made])
-        return out
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(513, generator=torch.Generator().manual_seed(1))])

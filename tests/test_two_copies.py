@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_diffusion import SET, make_student
 from torch.nn.attention.flex_attention import flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
+from twins import Largest
 
 import two_copies
 from diffusion import Corruption, corrupt_batch
@@ -48,18 +48,6 @@ def test_stretches_give_what_the_square_gives_and_its_gradients(monkeypatch, T, 
     (z * weight).sum().backward()
     for a, b in zip(ours, exact, strict=True):
         assert (a.grad - b.grad).abs().max() < 1e-4
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor that an operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        made = [t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.numel = max([self.numel, *made])
-        return out
 
 
 def test_no_stretch_makes_the_square():

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model
 from hf import families
@@ -206,3 +208,15 @@ def hub_dialect(raw):
     if "num_local_experts" in raw:
         raw["num_experts"] = raw.pop("num_local_experts")
     return raw
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        made = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.numel = max([self.numel, *made])
+        return out
