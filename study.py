@@ -70,6 +70,7 @@ ROWS = (
     *("retrospective", "matched_random", "dft"),
     *("sft-sgd", "t3s-sgd"),
     *RECOVERIES,
+    *("sft-long", "t3s-long"),
 )
 PRIMARY = ("sft", "base", "random", "static_low", "own-greedy")  # t3s minus these
 SGD_RATES = (0.1, 0.3, 1.0, 3.0)  # chosen from on student 1, which the study does not count
@@ -112,6 +113,8 @@ def measure(row, student):
         return []
     if row in RECOVERIES:
         return recovered(row, student)
+    if row == "sft-long":  # the one that rrt-long recovers with
+        return recovery("rrt-long", student)
     later = dict(record_every=LATER, save_every=0)
     if row in demo.OWN_ANSWERS:
         answers = demo.own_answers(student.model, same, row, **demo.OWN_ANSWERS[row])
@@ -123,6 +126,9 @@ def measure(row, student):
     if row == "t3s-sgd":  # all else equal: the tokens that t3s drops
         keys = dict(optimizer="sgd", lr=sgd_rate())
         return trained(student, row, selection=str(selection), **{**later, **keys})
+    if row == "t3s-long":
+        keys = dict(steps=RECOVERIES["rrt-long"]["steps"])
+        return trained(student, row, selection=str(selection), **{**later, **keys})
     keys = dict(SELECTIONS[row], run=student.run("sft"), seed=int(student.seed), show=0)
     selection, _ = demo.select(**demo.named(row, keys))
     return trained(student, row, selection=str(selection), **later)
@@ -130,10 +136,16 @@ def measure(row, student):
 
 def recovered(row, student):
     """RRT from an SFT with keys of its own -> its accuracy at s = 1."""
-    run = f"{row}-sft"
-    trained(student, run, model=student.model, **{**student.same, **RECOVERIES[row]})
-    found, _ = demo.run(mechanism.main, "mechanism.py", run=student.run(run), what="rrt")
+    recovery(row, student)
+    run = student.run(f"{row}-sft")
+    found, _ = demo.run(mechanism.main, "mechanism.py", run=run, what="rrt")
     return [found["rrt"]["accuracy"][found["rrt"]["s"].index(1.0)]]
+
+
+def recovery(row, student):
+    """The SFT that a row of RECOVERIES takes -> its accuracies."""
+    keys = {**student.same, **RECOVERIES[row]}
+    return trained(student, f"{row}-sft", model=student.model, **keys)
 
 
 def trained(student, row, **keys):

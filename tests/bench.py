@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from measure import (
+    Ratio,
     alone,
     line,
     medians,
@@ -95,7 +96,9 @@ def print_table(lines):
     for row in lines:
         what = f"{row['section']}: {row['what']}"
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        figures = f"{figure(row['ours']):>12}{figure(row['other']):>12}{ratio:>8}"
+        if isinstance(row["ratio"], Ratio):
+            ratio += f" ({row['ratio'].low:.2f} to {row['ratio'].high:.2f})"
+        figures = f"{figure(row['ours']):>12}{figure(row['other']):>12}{ratio:>22}"
         print(f"{what:55}{figures}  {row['wanted']}".rstrip())
 
 
@@ -339,15 +342,29 @@ class Decoders:
             out = self.theirs.generate(ids, attention_mask=mask, **self.keys)
             self.padded += out[:, longest:].tolist()
 
-    def lines(self, repeats, prompts, ends, what, wanted):
+    def continuous(self, prompts, ends):
+        """transformers' own continuous batching."""
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        longest = max(map(len, prompts)) + self.sampling.max_new_tokens
+        room = ContinuousBatchingConfig(
+            num_blocks=self.rows * -(-longest // 256),  # each 256 tokens; else all free memory
+            max_batch_tokens=self.rows * 32,
+            max_requests_per_batch=self.rows,
+        )
+        settings = GenerationConfig(eos_token_id=sorted(ends) or None, **self.keys)
+        out = self.theirs.generate_batch(prompts, settings, room)
+        self.padded = [out[f"req_{i}"].generated_tokens for i in range(len(prompts))]
+
+    def lines(self, repeats, prompts, ends, what, wanted, other=None):
         """Two lines of the table: tokens a second, and how many answers have the same ids."""
-        ours, other = partial(self.ours, prompts, ends), partial(self.other, prompts, ends)
+        ours, other = partial(self.ours, prompts, ends), partial(other or self.other, prompts, ends)
         seconds = taking_turns(repeats, ours, other)
         written = sum(map(len, self.own))
         pairs = zip(self.own, self.padded, strict=True)
         same = sum(same_answer(own, padded, ends) for own, padded in pairs)
         speeds = (written / seconds[0], written / seconds[1], seconds[2])
-        ids = "of these, same ids as transformers.generate"
+        ids = "of these, same ids as transformers'"
         return [line(what, *speeds, wanted), line(ids, same, len(prompts), wanted="all")]
 
 
@@ -381,17 +398,29 @@ def decode_section(cfg, folder, examples, batches=(1, 16, 64), prompt=8):
     return lines
 
 
-def batching_section(cfg, folder, examples, answers=64, rows=16, every=64):
-    """Answers that end at different times: every 64th id of the vocabulary ends one.
+def batching_section(cfg, folder, examples, answers=64, rows=16, every=32):
+    """Answers that end at different times: every 32nd id of the vocabulary ends one, so that about
+    as many tokens are written until then, and lengths are spread geometrically.
 
-    Both write `rows` at a time. Here a finished answer makes room for the next; transformers'
-    batches wait for their longest. Prompts are the beginnings of the data's, 4 to 32 tokens.
+    Both write `rows` at a time. Here a finished answer makes room for the next; the batches of
+    transformers.generate wait for their longest. Its generate_batch makes room too.
+    Prompts are the beginnings of the data's, 4 to 32 tokens.
     """
-    decoders = Decoders(folder, rows, 2 * cfg.new_tokens)
-    ends = set(range(0, decoders.student.config.vocab_size, every))
-    prompts = [examples.prompt(i)[: 4 + i * 5 % 29].tolist() for i in range(answers)]
-    what = f"tokens/s, {answers} answers of unequal length, {rows} at a time"
-    return decoders.lines(cfg.repeats, prompts, ends, what, ">= 2")
+    with tempfile.TemporaryDirectory() as home:
+        if not cfg.model:
+            folder = random_student(Path(home) / "student", scale=3)
+        decoders = Decoders(folder, rows, 2 * cfg.new_tokens)
+        ends = set(range(0, decoders.student.config.vocab_size, every))
+        prompts = [examples.prompt(i)[: 4 + i * 5 % 29].tolist() for i in range(answers)]
+        what = f"tokens/s, {answers} unequal answers, {rows} at a time, against"
+        lines = decoders.lines(cfg.repeats, prompts, ends, f"{what} generate", ">= 2")
+        lengths = sorted(map(len, decoders.own))
+        middle, longest = lengths[len(lengths) // 2], lengths[-1]
+        lines.append(line("length of these answers: median, longest", middle, longest))
+        lines += decoders.lines(
+            1, prompts, ends, f"{what} generate_batch", ">= 2", decoders.continuous
+        )
+        return lines
 
 
 SECTIONS = {

@@ -55,11 +55,20 @@ def taking_turns(repeats, ours, other):
     return medians(seconds[1:])
 
 
+class Ratio(float):
+    """A median of ratios that knows the least and the largest of them."""
+
+    def __new__(cls, ratios):
+        self = super().__new__(cls, statistics.median(ratios))
+        self.low, self.high = min(ratios), max(ratios)
+        return self
+
+
 def medians(seconds):
-    """[(ours, other), ...] -> median of ours, of other, and of other / ours."""
+    """[(ours, other), ...] -> median of ours, of other, and the Ratio of other / ours."""
     ours = statistics.median(pair[0] for pair in seconds)
     others = statistics.median(pair[1] for pair in seconds)
-    return ours, others, statistics.median(other / own for own, other in seconds)
+    return ours, others, Ratio([other / own for own, other in seconds])
 
 
 def alone(function, *args):
@@ -99,8 +108,12 @@ def free_memory():
 # Students and examples
 
 
-def random_student(folder):
-    """A Hugging Face folder with SmolLM2-135M's shape and random weights."""
+def random_student(folder, scale=1):
+    """A Hugging Face folder with SmolLM2-135M's shape and random weights.
+
+    At their usual size each greedy answer repeats one token. With the blocks' matrices three times
+    as large it does not.
+    """
     folder.mkdir()
     config = dict(
         model_type="llama",
@@ -121,6 +134,10 @@ def random_student(folder):
     )
     write_json(folder / "config.json", config)
     student = model.Transformer(families.read_config(folder)).init_weights(seed=0)
+    for block in student.model.layers:
+        for weight in block.parameters():
+            if weight.dim() == 2:
+                weight.data *= scale
     save_file(student.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
