@@ -366,35 +366,40 @@ class LinearNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        log_sum = torch.empty_like(nll)
         kept = []
         few = len(hidden) <= LinearNLL.FEW * chunk
         for i in range(0, len(hidden), chunk):
             rows = slice(i, i + chunk)
             logits = F.linear(hidden[rows], weight).float()
             own = logits.gather(1, targets[rows, None])
-            nll[rows] = logits.logsumexp(-1) - own.squeeze(1)  # float32: bfloat16 has 3 digits
+            log_sum[rows] = logits.logsumexp(-1)  # float32: bfloat16 has 3 digits
+            nll[rows] = log_sum[rows] - own.squeeze(1)
             kept = [*kept, logits] if few else [logits]
-        ctx.save_for_backward(hidden, weight, targets, *kept)
+        ctx.save_for_backward(hidden, weight, targets, log_sum, *kept)
         ctx.chunk = chunk
         return nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_nll):
-        hidden, weight, targets, *kept = ctx.saved_tensors
+        hidden, weight, targets, log_sum, *kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
         for i in reversed(range(0, len(hidden), ctx.chunk)):
             rows = slice(i, i + ctx.chunk)
             logits = kept.pop() if kept else F.linear(hidden[rows], weight).float()
-            grad = logits.softmax(-1)  # d nll / d logits = softmax - one-hot(target)
-            del logits  # let go of this chunk before the next one is made
+            # d nll / d logits = softmax - one-hot(target), in place: each pass over V columns costs
+            grad = logits.sub_(log_sum[rows, None]).exp_()
+            del logits  # else it would be kept until the next chunk's are made
             every = torch.arange(len(grad), device=grad.device)
             grad[every, targets[rows]] -= 1
             grad = grad.mul_(grad_nll[rows, None]).to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[rows])  # in place: no list of chunks to join
             if grad_weight is None:
                 grad_weight = (grad.T @ hidden[rows]).float()  # the chunks are summed in float32
+            elif grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, hidden[rows])
             else:
                 grad_weight += grad.T @ hidden[rows]
         if grad_weight is None:  # no rows: a gradient of zero, not none at all, for the optimizer
