@@ -12,6 +12,11 @@ demo: .venv/ready
 study: .venv/ready
 	.venv/bin/python study.py
 
+# likewise resumable; the model comes from the hub: MODEL=folder for one that is there
+real: .venv/ready
+	.venv/bin/python -m pip install -q reasoning-gym==0.1.25
+	.venv/bin/python real.py $(if $(MODEL),--model=$(MODEL))
+
 test: .venv/ready-dev
 	.venv/bin/ruff check .
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist worksteal
@@ -32,4 +37,4 @@ bench: .venv/ready-dev
 clean:
 	rm -rf .venv
 
-.PHONY: demo study test bench clean
+.PHONY: demo study real test bench clean

@@ -309,13 +309,18 @@ def show(rows, seeds):
             spread = np.std(row[key], ddof=min(1, len(seeds) - 1))
             cells.append(f"{np.mean(row[key]):.2f} ± {spread:.2f}")
         print(f"{row['name']:12}{cells[0]:>15}{cells[1]:>18}")
+    if len(seeds) > 1 and {"base", "sft"} <= {row["name"] for row in rows}:
+        differences(rows)
+
+
+def differences(rows):
+    """Print each row against SFT and the base, paired."""
     final = {row["name"]: row["final"] for row in rows}
-    if len(seeds) > 1 and {"base", "sft"} <= final.keys():
-        print("\ndifference of the final accuracies, the same students, with a 95 % interval")
-        print(f"{'':12}{'to SFT':>18}{'to the base':>18}")
-        for name in final:
-            cells = [difference(final[name], final[other]) for other in ("sft", "base")]
-            print(f"{name:12}{cells[0]:>18}{cells[1]:>18}")
+    print("\ndifference of the final accuracies, the same students, with a 95 % interval")
+    print(f"{'':12}{'to SFT':>18}{'to the base':>18}")
+    for name in final:
+        cells = [difference(final[name], final[other]) for other in ("sft", "base")]
+        print(f"{name:12}{cells[0]:>18}{cells[1]:>18}")
 
 
 # 97.5 % points of Student's t with 1, 2, ... degrees of freedom; beyond, a close approximation

@@ -79,7 +79,7 @@ def linear(x, weight, bias=None):
     """x (B, T, C) -> x @ weight.T + bias, (B, T, N).
 
     When several sequences are decoded on a CPU the product is turned round, weight @ x.T: with the
-    long side first it is 1.2 to 1.9 times as fast (docs/LOG.md). Small matrices gain nothing.
+    long side first it is faster, the head 1.9 to 2.9 times (docs/LOG.md). Small ones gain nothing.
     """
     decoding = x.shape[1] == 1 < x.shape[0] and not torch.is_grad_enabled()
     if not decoding or x.device.type != "cpu" or weight.numel() < 2**18:
@@ -101,6 +101,13 @@ def attention_mask(pattern, queries, keys, block_length):
     if pattern == "block":  # the grid of blocks starts at position 0 of the sequence
         queries, keys = queries // block_length, keys // block_length
     return keys <= queries
+
+
+TILE = 16  # positions; a CPU's kernels work on multiples of it
+
+
+def whole_tiles(length):
+    return -(-length // TILE) * TILE
 
 
 class Cache:
@@ -389,9 +396,9 @@ class LinearNLL(torch.autograd.Function):
         for i in reversed(range(0, len(hidden), ctx.chunk)):
             rows = slice(i, i + ctx.chunk)
             logits = kept.pop() if kept else F.linear(hidden[rows], weight).float()
-            # d nll / d logits = softmax - one-hot(target), in place: each pass over V columns costs
-            grad = logits.sub_(log_sum[rows, None]).exp_()
-            del logits  # else it would be kept until the next chunk's are made
+            # d nll / d logits = softmax - one-hot(target); each pass over V columns costs
+            grad = (logits - log_sum[rows, None]).exp_()
+            del logits  # let go of this chunk before the next one is made
             every = torch.arange(len(grad), device=grad.device)
             grad[every, targets[rows]] -= 1
             grad = grad.mul_(grad_nll[rows, None]).to(hidden.dtype)
@@ -516,11 +523,13 @@ class Transformer(nn.Module):
     def who_sees_whom(self, B, T, positions, attention, cache):
         """-> (mask or None, use the kernel's causal mask?). Tells the cache where to write."""
         keys = positions
+        pattern = self.config.attention if attention is None else attention
         if cache is not None:
             cache.positions = positions.expand(B, T)
             cache.end = int(positions.max()) + 1  # the one number that the CPU needs to know
+            if pattern == "causal":  # whole tiles, so that a row is summed in one order, whatever
+                cache.end = min(whole_tiles(cache.end), cache.length)  # the others' lengths are
             keys = torch.arange(cache.end, device=positions.device)[None]
-        pattern = self.config.attention if attention is None else attention
         if not isinstance(pattern, str):  # the caller's own mask
             return pattern, False
         if pattern == "causal" and cache is None:

@@ -65,10 +65,14 @@ def main(**given):
     seeds = check(cfg)
     home = run_folder("real")
     table = home / "table.json"
-    if table.exists() and read_json(table)["config"] != fixed(cfg):
+    # what all rows have in common; more seeds can be added later
+    common = {key: value for key, value in vars(cfg).items() if key != "seeds"}
+    if table.exists() and read_json(table)["config"] != common:
         raise InputError(f"{table}: made with other keys; give those, or move {home} away")
     done = read_json(table)["done"] if table.exists() else {}
+    tick = time.time()
     base = student(cfg)
+    print(f"theta_0: {base} ({time.time() - tick:.0f} s)", flush=True)
     for seed in seeds:
         for row in ROWS:
             if seed in done.setdefault(row, {}):
@@ -76,20 +80,22 @@ def main(**given):
             tick = time.time()
             accuracy = measure(cfg, row, seed, base)
             done[row][seed] = {"accuracy": accuracy, "seconds": round(time.time() - tick)}
-            write_json(table, {"config": fixed(cfg), "done": done})
-            print(f"  {row} of seed {seed}: {accuracy:.3f}", flush=True)
+            write_json(table, {"config": common, "done": done})
+            print(f"  {row} of seed {seed}: {accuracy:.3f} ({done[row][seed]['seconds']} s)", flush=True)
     names = {row: [f"real/{seed}/{row}" for seed in seeds] for row in ("sft", "t3s")}
     report.figure(names, names["sft"], home / "real.png")
-    rows = []
-    for row in ROWS:
-        final = [done[row][seed]["accuracy"] for seed in seeds]
-        rows.append({"name": row, "final": final, "lowest": final})
-    show(cfg, seeds, done)
+    compare(cfg, seeds)
+    rows = [{"name": row, "final": [done[row][seed]["accuracy"] for seed in seeds]} for row in ROWS]
+    if len(seeds) > 1:
+        demo.differences(rows)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    print(f"\nthe picture: {home / 'real.png'} (memory of this process: {peak:.1f} GiB at most)")
     return rows
 
 
 def check(cfg):
-    """-> the seeds. Raises InputError, also where reasoning-gym is missing."""
+    """-> the seeds. Raises InputError."""
     require(
         cfg,
         terse_steps=(1, None),
@@ -99,17 +105,7 @@ def check(cfg):
         unseen_problems=(1, None),
         record_problems=(1, None),
     )
-    demo.check(demo.Config(seeds=cfg.seeds))
-    try:
-        import reasoning_gym  # noqa: F401
-    except ImportError:
-        raise InputError("real.py takes its task from reasoning-gym: pip install reasoning-gym")
-    return cfg.seeds.split(",")
-
-
-def fixed(cfg):
-    """What all of a table's rows have in common."""
-    return {key: value for key, value in vars(cfg).items() if key != "seeds"}
+    return demo.check(demo.Config(seeds=cfg.seeds))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,9 +113,15 @@ def fixed(cfg):
 
 
 def problems(n):
-    """n different problems -> [(question, answer, the two steps of its solution)]"""
-    import reasoning_gym
+    """n different problems -> [(question, answer, the two steps of its solution)]
 
+    Raises InputError where reasoning-gym is missing.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        message = "real.py takes its task from reasoning-gym: pip install reasoning-gym"
+        raise InputError(f"{message} ({error})") from error
     keys = dict(min_terms=3, max_terms=3, min_digits=1, max_digits=1, seed=7, size=2 * n)
     found = {}
     for entry in reasoning_gym.create_dataset("chain_sum", **keys):
@@ -216,8 +218,8 @@ def parts(cfg):
     sizes = (480, cfg.traces, cfg.unseen_problems)
     found = problems(sum(sizes))
     random.Random(0).shuffle(found)
-    first, second = sizes[0], sizes[0] + sizes[1]
-    return found[:first], found[first:second], found[second:]
+    first, last = sizes[0], sizes[0] + sizes[1]
+    return found[:first], found[first:last], found[last:]
 
 
 def student(cfg):
@@ -247,16 +249,15 @@ def measure(cfg, row, seed, base):
     name = f"real/{seed}/{row}"
     if row in SELECTIONS:
         keys = dict(SELECTIONS[row], run=f"real/{seed}/sft", name=row, seed=int(seed), show=3)
-        chosen, _ = run(load_select().main, "select.py", **keys), None
+        chosen = run(load_select().main, "select.py", **keys)
         more = {} if row == "t3s" else dict(record_every=0)
         run(train.main, "train.py", run=name, selection=str(chosen), resume=True, **more)
     elif row != "base":
-        traces = f"data/real/teacher-{seed}"
         if row == "sft":
             _, chosen, _ = parts(cfg)
-            folder(cfg, f"teacher-{seed}", chosen, teacher, seed)
+            traces = folder(cfg, f"teacher-{seed}", chosen, teacher, int(seed))
         else:
-            traces = own_answers(cfg, row, seed, base, traces, sampling)
+            traces = own_answers(cfg, row, seed, base, sampling)
         keys = dict(
             data=traces,
             eval_data="data/real/unseen",
@@ -277,26 +278,23 @@ def measure(cfg, row, seed, base):
     return summary["accuracy"]
 
 
-def own_answers(cfg, row, seed, base, traces, sampling):
+def own_answers(cfg, row, seed, base, sampling):
     """Let the student answer the teacher's problems -> the data folder of its answers."""
     out = f"data/real/{row}-{seed}"
-    keys = dict(model=base, data=traces, out=f"{out}.jsonl", dtype=cfg.dtype)
+    problems = f"data/real/teacher-{seed}"
+    keys = dict(model=base, data=problems, out=f"{out}.jsonl", dtype=cfg.dtype)
     run(own.main, "own.py", **keys, **sampling, **OWN_ANSWERS[row])
     keys = dict(source=f"{out}.jsonl", tokenizer=base, out=out, template="none")
     run(data.main, "data.py", verifier="integer", **keys)
     return out
 
 
-def show(cfg, seeds, done):
-    """The last table: eval.py's, of each seed, with paired intervals over problems."""
+def compare(cfg, seeds):
+    """eval.py's table of each seed, with intervals paired by problem; all answers are there."""
     for seed in seeds:
         runs = ",".join(["base", *(f"real/{seed}/{row}" for row in ROWS[1:])])
         keys = dict(data="data/real/unseen", dtype=cfg.dtype, max_new_tokens=100, seed=int(seed))
         run(evaluation.main, "eval.py", run=runs, **keys)
-    seconds = sum(cell["seconds"] for cells in done.values() for cell in cells.values())
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    print(f"\nthe picture: runs/real/real.png ({seconds / 60:.0f} min, {peak:.1f} GiB at most)")
 
 
 if __name__ == "__main__":

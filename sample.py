@@ -19,12 +19,13 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from data import uniforms
 from denoise import fill_gaps, generate, resolve_decoding, until_end, write_in_blocks
 from hf.families import at_revision, local_folder, read_config
 from hf.tokenizer import load_tokenizer
-from model import Cache, load
+from model import Cache, load, whole_tiles
 from plumbing.config import InputError, command
 from plumbing.parallel import pick_device, pick_dtype
 from sampling import Sampling, check_greedy, check_sampling, check_used, next_token
@@ -125,7 +126,7 @@ def write_left_to_right(
     if not prompts:
         return answers
     waiting = list(range(len(prompts)))
-    rows = min(rows or len(prompts), len(prompts))
+    rows = rows or len(prompts)
     batch = Rows(model, prompts, answers, sampling, rows)
     while waiting or batch.slots:
         room = rows - len(batch.slots)
@@ -149,7 +150,7 @@ def write_left_to_right(
             if finished:
                 finished(i, answers[i])
         if batch.slots:
-            batch.step(token[: len(batch.slots)])
+            batch.step(token)
     return answers
 
 
@@ -158,7 +159,14 @@ class Rows:
 
     slots   whose answer each row is, numbers of prompts
     logits  (B, 1, V) behind the last token of each row
+
+    With WHOLE rows or more a dense student's answers in float32 on a CPU depend on no other row to
+    the last bit: the kernels then compute each row alike, whatever its neighbours. So fewer answers
+    are written beside empty rows, keys are seen in whole tiles, and prompts of different numbers of
+    tiles are read apart. That was found by trying (docs/LOG.md), and is no promise of any kernel.
     """
+
+    WHOLE = 12
 
     def __init__(self, model, prompts, answers, sampling, rows):
         self.model = model
@@ -167,8 +175,10 @@ class Rows:
         self.seed = sampling.seed
         n = sampling.max_new_tokens
         self.device = next(model.parameters()).device
+        self.least = self.WHOLE if rows >= self.WHOLE and self.device.type == "cpu" else 1
+        rows = max(self.least, min(rows, len(prompts)))
         # allocated once at its largest: growing it would copy it for every token
-        self.cache = Cache(model.config, rows, max(map(len, prompts)) + n)
+        self.cache = Cache(model.config, rows, whole_tiles(max(map(len, prompts)) + n))
         # float64: a uniform is compared with sums of up to 150,000 probabilities
         self.u = torch.zeros(rows, n, dtype=torch.float64, device=self.device)
         self.slots = []
@@ -203,12 +213,16 @@ class Rows:
         return i
 
     def step(self, token):
-        """Let the model read each row's new token, (B,) -> new logits."""
-        self.cache.rows = slice(0, len(self.slots))
+        """Let the model read each row's new token, the first of `token` -> new logits."""
         # it lies behind the prompt and all tokens before it
         at = [len(self.prompts[i]) + len(self.answers[i]) - 1 for i in self.slots]
-        at = torch.tensor(at, device=self.device)
-        self.logits = self.model(token[:, None], positions=at[:, None], cache=self.cache)
+        written = len(at)
+        empty = max(0, self.least - written)
+        at = torch.tensor(at + [0] * empty, device=self.device)
+        token = F.pad(token[:written], (0, empty))
+        self.cache.rows = slice(0, len(at))
+        logits = self.model(token[:, None], positions=at[:, None], cache=self.cache)
+        self.logits = logits[:written]
 
 
 def read_prompts(model, prompts, cache, first=0):
@@ -220,21 +234,19 @@ def read_prompts(model, prompts, cache, first=0):
     before the row gets there.
     """
     device = next(model.parameters()).device
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    ids = torch.zeros(len(prompts), lengths.max(), dtype=torch.int64)  # (B, T)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    # the caller sorted them by length, so neighbours are of about the same
     parts = []
-    end = 0
-    while end < len(prompts):  # prompts of about the same length together: less padding to compute
-        start = end
-        while end < len(prompts) and lengths[end] >= 0.8 * lengths[start]:
-            end += 1
-        cache.rows = slice(first + start, first + end)
-        part = ids[start:end, : lengths[start:end].max()].to(device)
-        # logits of one position only: those of a whole prompt would be its length times as large
-        parts.append(model(part, cache=cache, logits_at=lengths[start:end].to(device) - 1))
+    # the caller sorted them by length, so those of equally many tiles are neighbours
+    for width, some in itertools.groupby(prompts, key=lambda prompt: whole_tiles(len(prompt))):
+        some = list(some)
+        ids = torch.zeros(len(some), width, dtype=torch.int64)  # (B, T)
+        for row, prompt in zip(ids, some, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        cache.rows = slice(first, first + len(some))
+        first += len(some)
+        # logits of one position only: those of a whole prompt would be its length times as large;
+        # four times that one, since the head computes fewer rows than four in another way
+        last = torch.tensor([[len(prompt) - 1] * 4 for prompt in some], device=device)
+        parts.append(model(ids.to(device), cache=cache, logits_at=last)[:, :1])
     return torch.cat(parts)
 
 

@@ -74,7 +74,11 @@ def test_every_row_is_run_once_however_often_the_study_is_stopped(small, monkeyp
     untrained = ("base-greedy", "rrt", "mechanism", *study.RECOVERIES)
     assert all(len(done[row]["2"]["accuracies"]) == (row != "mechanism") for row in untrained)
     assert run_keys(Path("runs/study/2/rrt-long-sft"))["steps"] == 6
-    runs = [row for row in study.ROWS if row not in untrained]
+    assert run_keys(Path("runs/study/2/t3s-long"))["steps"] == 6
+    # sft-long is the SFT that rrt-long took, recorded as that one was
+    longer = dict.fromkeys(("sft-long", "t3s-long"))
+    assert [len(done[row]["2"]["accuracies"]) for row in longer] == [4, 3]
+    runs = [row for row in study.ROWS if row not in untrained and row not in longer]
     for row in runs:
         assert len(done[row]["2"]["accuracies"]) == (3 if row == "sft" else 2), row
     keys = {row: run_keys(Path(f"runs/study/2/{row}")) for row in runs}
