@@ -66,7 +66,8 @@ class Config(Sampling):
     verifier: str = ""  # how answers are read (data.py --help lists the ways); default: as the data says
     likelihood: bool = False  # instead of sampling: log p of the data's own responses (likelihood.py)
     draws: int = 128  # of the bound of a masked-diffusion student, for each response
-    # how our own sampler works; answers do not depend on it, in bfloat16 as far as rounding allows
+    # how our own sampler works: answers do not depend on it as far as rounding allows, and in float32
+    # on a CPU, 12 or more at a time, to the last bit (sample.Rows)
     batch_size: int = 64  # answers written at the same time; with --server: requests at the same time
     device: str = ""  # cpu, cuda, ...; default: cuda if there is one
     dtype: str = ""  # float32 or bfloat16; default: the first run's, else bfloat16 on a GPU, float32 elsewhere

@@ -57,8 +57,8 @@ def sample(
     sampling     a Sampling; an answer of sampling.max_new_tokens ids was cut off
     example_ids  names of the prompts; default 0, 1, ... What is drawn for a prompt is a pure
                  function of (seed, its name, position), so an answer depends on no other prompt,
-                 batch or order. (Logits differ by rounding, 1e-6 or so, with the shape of a batch,
-                 which can turn a near tie.)
+                 batch or order. (With the shape of a batch logits differ by rounding, 1e-6 or so,
+                 which can turn a near tie; not where Rows says so.)
     eos_ids      ids that end an answer; default: the model's own
     vocab_size   ids from here on (rows that pad the embedding) never come out
     progress     called with the number of finished answers

@@ -125,6 +125,28 @@ def test_batch_size_and_order_change_no_answer(twin):
     assert answers([6], 1, 1.0) == {names[6]: answers(range(8), 8, 1.0)[names[6]]}
 
 
+def test_from_twelve_rows_on_the_kernels_see_shapes_that_depend_on_no_other_row(twin, monkeypatch):
+    """Twelve rows or more, keys and prompts in whole tiles of 16, four rows for the head: shapes for which a CPU's
+    products and attention give a row the same bits (docs/LOG.md). Below, and on a GPU, no row is added."""
+    ours, _ = twin("llama")
+    shapes = []
+
+    def seen(ids, **keys):
+        at = keys.get("logits_at")
+        logits = model.Transformer.forward(ours, ids, **keys)
+        shapes.append((*ids.shape, None if at is None else at.shape[1], keys["cache"].end))
+        return logits
+
+    monkeypatch.setattr(ours, "forward", seen)
+    prompts = [[40] * length for length in (33, 18, 17, 16, 3)]
+    ask(sample.sample, ours, prompts, 5, 1.0, eos_ids=(), batch_size=12)
+    assert shapes[:3] == [(1, 48, 4, 48), (2, 32, 4, 32), (2, 16, 4, 16)]
+    assert shapes[3:] == [(12, 1, None, 48)] * 4
+    shapes.clear()
+    ask(sample.sample, ours, prompts, 5, 1.0, eos_ids=(), batch_size=11)
+    assert shapes[3:] == [(5, 1, None, 48)] * 4
+
+
 def test_more_tokens_continue_the_same_answer(twin):
     ours, _ = twin("qwen3")
     short, long = (ask(sample.sample, ours, some_prompts(), n, 1.0, seed=1, eos_ids=()) for n in (6, 20))
