@@ -9,7 +9,7 @@ Accuracies are on problems that occur in no training file, answers sampled at te
 students come with the repository, in students/; toy.py with --pretrain=true makes each of them
 again, and --pretrain=true here those that are missing.
 
-Next: mechanism.py.
+Next: real.py.
 """
 
 import contextlib

@@ -12,7 +12,7 @@ the student learns to answer such sums briefly: zero-shot, a model of this size 
 A row of the table is printed as its commands. What is finished is in runs/real/table.json and is
 not run again: after Ctrl-C, or a kill, the same command goes on.
 
-Next: study.py.
+Next: mechanism.py.
 """
 
 import json
