@@ -2,7 +2,8 @@
 
     make demo                               # or: python demo.py
     python demo.py --world=facts            # a teacher who knows something, and all the controls
-    python demo.py --student=diffusion      # masked-diffusion students: forced, and out of the loss
+    python demo.py --student=diffusion      # masked-diffusion students (in the world of weak ones):
+                                            # tokens forced, and tokens out of the loss
 
 It prints each command, so that anyone can type them, then a table and runs/<demo>/demo.png.
 Accuracies are on problems that occur in no training file, answers sampled at temperature 1. The
@@ -36,9 +37,9 @@ from plumbing.runs import records
 
 @dataclass
 class Config:
-    world: str = "slips"  # slips, facts or weak: what the students are weak at (toy.py)
+    world: str = ""  # slips, facts or weak: what the students are weak at (toy.py); default below
     student: str = "autoregressive"  # or diffusion
-    seeds: str = ""  # students and worlds; default: those in students/ (weak: none is, --pretrain=true)
+    seeds: str = ""  # students and worlds; default: those in students/
     steps: int = 0  # optimizer steps of every run: equal budget; 0: 36, in the facts world 48
     lr: float = 0.0  # constant; the batch is the whole training set; 0: 4e-4, diffusion 1e-4
     record_every: int = 4  # steps between two recorded checkpoints
@@ -48,6 +49,7 @@ class Config:
     own: bool = False  # also train on the student's own answers (the facts world always does)
 
 
+DEFAULT_WORLD = {"autoregressive": "slips", "diffusion": "weak"}
 SEEDS = {"slips": "1,2,3", "facts": "31,32,33", "weak": "21,22,23"}
 DEFAULT_LR = {"autoregressive": 4e-4, "diffusion": 1e-4}
 STEPS = {"slips": 36, "facts": 48, "weak": 36}
@@ -96,7 +98,7 @@ def main(**given):
     seeds = check(cfg)
     is_ar = cfg.student == "autoregressive"
     home = "demo" if is_ar else "demo-diffusion"
-    home += "" if cfg.world == "slips" else f"-{cfg.world}"
+    home += "" if cfg.world == DEFAULT_WORLD[cfg.student] else f"-{cfg.world}"
     shutil.rmtree(f"runs/{home}", ignore_errors=True)
     table = {}  # {row: {"final", "lowest": an accuracy per seed}}
     for seed in seeds:
@@ -123,6 +125,7 @@ def check(cfg):
     """Fill in the defaults that depend on student and world -> the seeds. Raises InputError."""
     require(cfg, student=tuple(DEFAULT_LR))
     cfg.lr = cfg.lr or DEFAULT_LR[cfg.student]
+    cfg.world = cfg.world or DEFAULT_WORLD[cfg.student]
     require(
         cfg,
         world=tuple(toy.WORLDS),

@@ -126,31 +126,31 @@ def test_students_that_are_missing_are_pretrained_if_asked(small):
 
 
 def test_diffusion_students_forced_or_kept_and_without_a_teacher(small):
-    demo.main(**SMALL, student="diffusion")
+    demo.main(**SMALL | dict(seeds="22"), student="diffusion")
     rows = table_rows("demo-diffusion")
     chosen = ["force", "force-random", "keep", "keep-unscored", "keep-random"]
     own = ["own-greedy", "own-correct"]
     assert [row["name"] for row in rows] == ["base", "sft", *chosen, *own]
-    masks = {name: mask("demo-diffusion/2/sft", name) for name in chosen}
-    lines = map(json.loads, Path("runs/demo-diffusion/2/sft/log.jsonl").read_text().splitlines())
+    masks = {name: mask("demo-diffusion/22/sft", name) for name in chosen}
+    lines = map(json.loads, Path("runs/demo-diffusion/22/sft/log.jsonl").read_text().splitlines())
     accuracy = {line["step"]: line["accuracy"] for line in lines if line.get("event") == "record"}
     del accuracy[0]  # the plan's bottleneck: the lowest after the start, below it or not
-    made = json.loads(Path("runs/demo-diffusion/2/sft/selection/keep/config.json").read_text())
+    made = json.loads(Path("runs/demo-diffusion/22/sft/selection/keep/config.json").read_text())
     assert made["bottleneck_step"] == min(accuracy, key=lambda step: (accuracy[step], step))
     assert masks["force-random"].sum() == masks["force"].sum()
     assert masks["keep-random"].sum() == masks["keep"].sum()
     assert (masks["keep-unscored"] == masks["keep"]).all()
-    keys = {name: run_keys(Path(f"runs/demo-diffusion/2/{name}")) for name in ["sft", *chosen, *own]}
+    keys = {name: run_keys(Path(f"runs/demo-diffusion/22/{name}")) for name in ["sft", *chosen, *own]}
     assert keys["keep-unscored"]["anchors"] == "unscored" != keys["keep"]["anchors"]
     assert [given["confidence_draws"] for given in keys.values()] == [4] + [0] * 7
     for name in own:
-        assert keys[name]["data"] == f"data/toy-2/{name}" and not keys[name]["selection"]
+        assert keys[name]["data"] == f"data/weak-22/{name}" and not keys[name]["selection"]
     for row in rows[1:]:
-        accuracies = recorded(f"demo-diffusion/2/{row['name']}")
+        accuracies = recorded(f"demo-diffusion/22/{row['name']}")
         assert row["final"] == [accuracies[-1]] and row["lowest"] == [min(accuracies)]
         assert len(accuracies) == (3 if row["name"] in demo.SHOWN_MASKED else 2)
     assert Path("runs/demo-diffusion/demo.png").exists()
-    assert Path("runs/demo-diffusion/2/sft/report.html").exists()
+    assert Path("runs/demo-diffusion/22/sft/report.html").exists()
 
 
 # --------------------------------------------------------------------------------------------------
