@@ -42,7 +42,7 @@ class Config:
     seeds: str = ""  # students and worlds; default: those in students/
     steps: int = 0  # optimizer steps of every run: equal budget; 0: 36, in the facts world 48
     lr: float = 0.0  # constant; the batch is the whole training set; 0: 4e-4, diffusion 1e-4
-    record_every: int = 4  # steps between two recorded checkpoints
+    record_every: int = 0  # steps between two recorded checkpoints; 0: 4, diffusion 9
     record_later: int = 0  # the same for all runs but the first of a student; 0: as record_every
     unseen_problems: int = 300  # problems that accuracy is measured on
     pretrain: bool = False  # pretrain the students that are not in students/, minutes each
@@ -50,8 +50,10 @@ class Config:
 
 
 DEFAULT_WORLD = {"autoregressive": "slips", "diffusion": "weak"}
-SEEDS = {"slips": "1,2,3", "facts": "31,32,33", "weak": "21,22,23"}
+# weak: the shocked ones of the five whose table is in docs/LOG.md
+SEEDS = {"slips": "1,2,3", "facts": "31,32,33", "weak": "22,23"}
 DEFAULT_LR = {"autoregressive": 4e-4, "diffusion": 1e-4}
+DEFAULT_RECORD_EVERY = {"autoregressive": 4, "diffusion": 9}
 STEPS = {"slips": 36, "facts": 48, "weak": 36}
 
 # What is trained on which tokens: row of the table -> keys of select.py. In the facts world the
@@ -126,6 +128,7 @@ def check(cfg):
     require(cfg, student=tuple(DEFAULT_LR))
     cfg.lr = cfg.lr or DEFAULT_LR[cfg.student]
     cfg.world = cfg.world or DEFAULT_WORLD[cfg.student]
+    cfg.record_every = cfg.record_every or DEFAULT_RECORD_EVERY[cfg.student]
     require(
         cfg,
         world=tuple(toy.WORLDS),
