@@ -48,7 +48,7 @@ class Config:
     record_problems: int = 64  # problems whose answers give the train accuracy
 
 
-# row -> keys of select.py. The second threshold was fixed before the first run: see docs/LOG.md
+# row -> keys of select.py; both thresholds were fixed before the first run (docs/LOG.md)
 SELECTIONS = {
     "t3s": dict(rule="t3s"),
     "t3s-1": dict(rule="t3s", tau=1.0),
