@@ -49,11 +49,12 @@ class Config:
     own: bool = False  # also train on the student's own answers (the facts world always does)
 
 
-DEFAULT_WORLD = {"autoregressive": "slips", "diffusion": "weak"}
+DEFAULTS = {
+    "autoregressive": dict(world="slips", lr=4e-4, record_every=4),
+    "diffusion": dict(world="weak", lr=1e-4, record_every=9),
+}
 # weak: the shocked ones of the five whose table is in docs/LOG.md
 SEEDS = {"slips": "1,2,3", "facts": "31,32,33", "weak": "22,23"}
-DEFAULT_LR = {"autoregressive": 4e-4, "diffusion": 1e-4}
-DEFAULT_RECORD_EVERY = {"autoregressive": 4, "diffusion": 9}
 STEPS = {"slips": 36, "facts": 48, "weak": 36}
 
 # What is trained on which tokens: row of the table -> keys of select.py. In the facts world the
@@ -100,7 +101,7 @@ def main(**given):
     seeds = check(cfg)
     is_ar = cfg.student == "autoregressive"
     home = "demo" if is_ar else "demo-diffusion"
-    home += "" if cfg.world == DEFAULT_WORLD[cfg.student] else f"-{cfg.world}"
+    home += "" if cfg.world == DEFAULTS[cfg.student]["world"] else f"-{cfg.world}"
     shutil.rmtree(f"runs/{home}", ignore_errors=True)
     table = {}  # {row: {"final", "lowest": an accuracy per seed}}
     for seed in seeds:
@@ -125,10 +126,9 @@ def main(**given):
 
 def check(cfg):
     """Fill in the defaults that depend on student and world -> the seeds. Raises InputError."""
-    require(cfg, student=tuple(DEFAULT_LR))
-    cfg.lr = cfg.lr or DEFAULT_LR[cfg.student]
-    cfg.world = cfg.world or DEFAULT_WORLD[cfg.student]
-    cfg.record_every = cfg.record_every or DEFAULT_RECORD_EVERY[cfg.student]
+    require(cfg, student=tuple(DEFAULTS))
+    for key, value in DEFAULTS[cfg.student].items():
+        setattr(cfg, key, getattr(cfg, key) or value)
     require(
         cfg,
         world=tuple(toy.WORLDS),
@@ -213,8 +213,7 @@ def named(name, keys):
 
 def run(main, file, **keys):
     """Print the command, run it, capture its output -> (result, output)."""
-    words = [f"--{key}={value}" for key, value in keys.items()]
-    print(f"$ python {file} {' '.join(words)}", flush=True)
+    announce(file, keys)
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
@@ -222,6 +221,12 @@ def run(main, file, **keys):
     except BaseException:
         print(output.getvalue(), file=sys.stderr)
         raise
+
+
+def announce(file, keys):
+    """Print the command as anyone can type it."""
+    words = [f"--{key}={value}" for key, value in keys.items()]
+    print(f"$ python {file} {' '.join(words)}", flush=True)
 
 
 def world(cfg, seed):

@@ -207,9 +207,8 @@ def folder(cfg, name, chosen, manner, seed=0):
 
 
 def run(main, file, **keys):
-    """Print the command, then run it."""
-    words = [f"--{key}={value}" for key, value in keys.items()]
-    print(f"$ python {file} {' '.join(words)}", flush=True)
+    """Print the command, then run it; unlike demo.run, what it prints is seen: a row takes minutes."""
+    demo.announce(file, keys)
     return main(**keys)
 
 
@@ -245,7 +244,7 @@ def student(cfg):
 
 def measure(cfg, row, seed, base):
     """Train a row -> the accuracy of its last checkpoint on the unseen problems."""
-    sampling = dict(max_new_tokens=100, seed=int(seed))
+    sampling = sampling_keys(seed)
     name = f"real/{seed}/{row}"
     if row in SELECTIONS:
         keys = dict(SELECTIONS[row], run=f"real/{seed}/sft", name=row, seed=int(seed), show=3)
@@ -273,9 +272,18 @@ def measure(cfg, row, seed, base):
         )
         run(train.main, "train.py", run=name, model=base, resume=True, **keys)
     which = dict(model=base) if row == "base" else dict(run=name)
-    keys = dict(data="data/real/unseen", dtype=cfg.dtype, **sampling)
-    [(summary, _)] = run(evaluation.main, "eval.py", **which, **keys).values()
+    [(summary, _)] = evaluated(cfg, seed, **which).values()
     return summary["accuracy"]
+
+
+def sampling_keys(seed):
+    return dict(max_new_tokens=100, seed=int(seed))
+
+
+def evaluated(cfg, seed, **which):
+    """eval.py on the unseen problems; answers that are there already are used again."""
+    keys = dict(data="data/real/unseen", dtype=cfg.dtype, **sampling_keys(seed))
+    return run(evaluation.main, "eval.py", **which, **keys)
 
 
 def own_answers(cfg, row, seed, base, sampling):
@@ -293,8 +301,7 @@ def compare(cfg, seeds):
     """eval.py's table of each seed, with intervals paired by problem; all answers are there."""
     for seed in seeds:
         runs = ",".join(["base", *(f"real/{seed}/{row}" for row in ROWS[1:])])
-        keys = dict(data="data/real/unseen", dtype=cfg.dtype, max_new_tokens=100, seed=int(seed))
-        run(evaluation.main, "eval.py", run=runs, **keys)
+        evaluated(cfg, seed, run=runs)
 
 
 if __name__ == "__main__":

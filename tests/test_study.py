@@ -76,7 +76,7 @@ def test_every_row_is_run_once_however_often_the_study_is_stopped(small, monkeyp
     assert run_keys(Path("runs/study/2/rrt-long-sft"))["steps"] == 6
     assert run_keys(Path("runs/study/2/t3s-long"))["steps"] == 6
     # sft-long is the SFT that rrt-long took, recorded as that one was
-    longer = dict.fromkeys(("sft-long", "t3s-long"))
+    longer = ("sft-long", "t3s-long")
     assert [len(done[row]["2"]["accuracies"]) for row in longer] == [4, 3]
     runs = [row for row in study.ROWS if row not in untrained and row not in longer]
     for row in runs:
