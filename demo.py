@@ -15,7 +15,6 @@ Next: real.py.
 
 import contextlib
 import io
-import math
 import shutil
 import sys
 import time
@@ -27,6 +26,7 @@ import torch
 
 import data
 import eval as evaluation
+import intervals
 import own
 import report
 import toy
@@ -334,20 +334,10 @@ def differences(rows):
         print(f"{name:12}{cells[0]:>18}{cells[1]:>18}")
 
 
-# 97.5 % points of Student's t with 1, 2, ... degrees of freedom; beyond, a close approximation
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-
-
 def difference(accuracies, others):
-    """Mean difference over students and its 95 % interval, as text.
-
-    Students are few, so it is Student's t: the interval of three is wide, as it should be.
-    """
-    differences = np.subtract(accuracies, others)
-    n = len(differences)
-    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.4 / (n - 1)
-    interval = t * differences.std(ddof=1) / math.sqrt(n)
-    return f"{differences.mean():+.3f} ± {interval:.3f}"
+    """Mean difference over students and its 95 % interval, as text."""
+    mean, half = intervals.few(np.subtract(accuracies, others))
+    return f"{mean:+.3f} ± {half:.3f}"
 
 
 if __name__ == "__main__":

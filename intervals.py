@@ -145,6 +145,23 @@ def mean_interval(values):
     return float(values.mean()), float(Z * error)
 
 
+# 97.5 % points of Student's t with 1, 2, ... degrees of freedom; beyond, a close approximation
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+
+
+def few(values):
+    """Mean and half its 95 % interval, of values from a few students or trainings.
+
+    They are few, so it is Student's t: the interval of three is wide, as it should be; nan for one.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n = len(values)
+    if n == 1:
+        return float(values[0]), math.nan
+    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.4 / (n - 1)
+    return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(n))
+
+
 # --------------------------------------------------------------------------------------------------
 # Two models on the same problems: that cancels how hard the problems are
 

@@ -24,7 +24,7 @@ import numpy as np
 import data
 from hf.families import local_folder
 from hf.tokenizer import load_tokenizer
-from intervals import wilson
+from intervals import few, wilson
 from plumbing.config import InputError, command, load_select, read_json, require, whole_file
 from plumbing.runs import load_mask, load_trajectory, records, run_folder, run_keys
 from plumbing.selection import token_texts
@@ -221,6 +221,35 @@ def draw_selection(axes, stats):
     axes[2].set(title="share of tokens beyond tau", xlabel="tau, nats", ylim=(0, 1))
     axes[2].set_xscale("symlog", linthresh=0.01)
     axes[2].set_xlim(0, None)
+
+
+def draw_probes(curve, levels, path):
+    """How little SFT does the selection need? A PNG.
+
+    curve   {steps of the probe: [final accuracy of each student]}
+    levels  {row: [the same]}, drawn as lines: base, sft, and t3s by the bottleneck of a whole pilot
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    x = list(curve)
+    values = np.array(list(curve.values())).T  # (students, probes)
+    axes[0].plot(x, values.T, color="grey", linewidth=0.6, alpha=0.5)
+    axes[0].plot(x, values.mean(0), ".-", color=COLOURS[0], label=f"T3S by a probe ({len(values)})")
+    for colour, (row, accuracies) in zip(COLOURS[1:], levels.items(), strict=False):
+        axes[0].axhline(np.mean(accuracies), color=colour, linestyle="--", linewidth=1, label=row)
+    axes[0].set(title="final accuracy", ylim=(0, 1))
+    for place, (colour, row) in enumerate(zip(COLOURS, ("t3s", "sft"), strict=False)):
+        if row in levels:
+            found = [few(values[:, i] - levels[row]) for i in range(len(x))]
+            mean, half = zip(*found, strict=True)
+            shifted = np.array(x) * 1.03**place  # or the two would hide each other
+            axes[1].errorbar(shifted, mean, half, fmt=".-", color=colour, capsize=2, label=f"minus {row}")
+    axes[1].axhline(0, color="grey", linewidth=0.8)
+    axes[1].set(title="paired difference, 95 % interval")
+    for axis in axes:
+        axis.set(xlabel="steps of the probe", xscale="log", xticks=x, xticklabels=x)
+        axis.minorticks_off()
+        axis.legend(frameon=False, fontsize=8)
+    save(fig, path)
 
 
 def band(axis, x, values, colour, label):

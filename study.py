@@ -2,6 +2,7 @@
 
     make study                             # or: python study.py; 40 to 60 minutes on two CPU cores
     python study.py --students=21,22       # fewer students
+    python study.py --what=probes          # how little SFT does the selection need? ten others
 
 Its plan, written before its first run, is in docs/LOG.md. A row is measured on all students before
 the next row begins. What is finished is in runs/study/table.json at once and is never run again:
@@ -11,6 +12,8 @@ after Ctrl-C, or a kill, the same command goes on. Students that are missing are
     runs/study/table.json    accuracies on unseen problems, in the end and at their lowest
     runs/study/figures.md    the tables behind docs/CLAIMS.md, with paired intervals of 95 %
     runs/study/*.png         accuracy and loss; gradients; where the bottleneck is put
+
+The probes' are in runs/probes/, with probes.png in place of these pictures.
 
 Next: report.py.
 """
@@ -26,13 +29,14 @@ import torch
 import demo
 import mechanism
 import report
-from plumbing.config import InputError, command, read_json, whole_file, write_json
+from plumbing.config import InputError, command, read_json, require, whole_file, write_json
 from plumbing.runs import records, run_folder
 
 
 @dataclass
 class Config:
-    students: str = "21,22,23,24,25"  # seeds of toy.py, in the world of slips
+    what: str = "claims"  # or probes: T3S by a pilot's bottleneck, and by probes of few steps
+    students: str = ""  # seeds of toy.py, in the world of slips; default: those of the plan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -72,6 +76,10 @@ ROWS = (
     *RECOVERIES,
     *("sft-long", "t3s-long"),
 )
+# a row for each probe: train.py --probe, which selects after so many steps and needs no answers
+PROBES = (1, 2, 4, 8, 12, 16)
+PROBE_ROWS = ("sft", "t3s", "t3s-label_free", "t3s-36", *(f"probe-{steps}" for steps in PROBES))
+STUDENTS = {"claims": "21,22,23,24,25", "probes": "41,42,43,44,45,46,47,48,49,50"}
 PRIMARY = ("sft", "base", "random", "static_low", "own-greedy")  # t3s minus these
 SGD_RATES = (0.1, 0.3, 1.0, 3.0)  # chosen from on student 1, which the study does not count
 
@@ -85,17 +93,18 @@ class Student:
     seed: str
     model: str  # the folder of theta_0
     same: dict  # keys of train.py that all its runs share
+    home: str = "study"  # of its runs
 
     def run(self, row):
-        return f"study/{self.seed}/{row}"
+        return f"{self.home}/{self.seed}/{row}"
 
 
-def make_student(seed):
+def make_student(seed, home="study"):
     """Write a student's world, and pretrain it if it is not there -> Student."""
     cfg = demo.Config(seeds=seed, pretrain=True, **SETTINGS)
     demo.check(cfg)
     folder, same = demo.world(cfg, seed)
-    return Student(seed, folder, {**same, "sample_batch_size": cfg.unseen_problems})
+    return Student(seed, folder, {**same, "sample_batch_size": cfg.unseen_problems}, home)
 
 
 def measure(row, student):
@@ -116,6 +125,9 @@ def measure(row, student):
     if row == "sft-long":  # the one that rrt-long recovers with
         return recovery("rrt-long", student)
     later = dict(record_every=LATER, save_every=0)
+    if row.startswith("probe-"):
+        keys = dict(probe=int(row.removeprefix("probe-")))
+        return trained(student, row, model=student.model, **{**same, **later, **keys})
     if row in demo.OWN_ANSWERS:
         answers = demo.own_answers(student.model, same, row, **demo.OWN_ANSWERS[row])
         return trained(student, row, model=student.model, **{**same, **later, "data": answers})
@@ -182,15 +194,17 @@ def last_loss(log):
 def main(**given):
     """Run what is missing, write tables and pictures -> the rows, as in table.json."""
     cfg = Config(**given)
-    seeds = demo.check(demo.Config(seeds=cfg.students))
-    home = run_folder("study")
+    require(cfg, what=tuple(STUDENTS))
+    seeds = demo.check(demo.Config(seeds=cfg.students or STUDENTS[cfg.what]))
+    name, rows_wanted = ("study", ROWS) if cfg.what == "claims" else ("probes", PROBE_ROWS)
+    home = run_folder(name)
     done = read_json(home / "table.json")["done"] if (home / "table.json").exists() else {}
     students = {}
-    planned = [(row, seed) for row in ROWS for seed in seeds]
+    planned = [(row, seed) for row in rows_wanted for seed in seeds]
     missing = [(row, seed) for row, seed in planned if seed not in done.get(row, {})]
     for i, (row, seed) in enumerate(missing):
         if seed not in students:
-            students[seed] = make_student(seed)
+            students[seed] = make_student(seed, name)
         tick = time.time()
         try:
             accuracies = measure(row, students[seed])
@@ -201,14 +215,17 @@ def main(**given):
         note(done, row, seed, accuracies, seconds)
         rows = rows_of(done, seeds)
         write_json(home / "table.json", {"done": done, "rows": rows})
-        write_figures(rows, done, seeds)  # now, since a long study is often stopped
+        write_figures(rows, done, seeds, name)  # now, since a long study is often stopped
         left = remaining(done, missing[i + 1 :])
         shown = " ".join(f"{a:.2f}" for a in accuracies)
         at = f"[{i + 1}/{len(missing)}] {row} of student {seed}"
         print(f"  {at}: {shown} ({seconds:.0f} s; about {left / 60:.0f} min left)", flush=True)
     rows = rows_of(done, seeds)
     demo.show(rows, seeds)
-    draw(done, seeds)
+    if cfg.what == "claims":
+        draw(done, seeds)
+    else:
+        draw_probes(done, seeds, home / "probes.png")
     print(f"\n{home / 'figures.md'}, {home / 'table.json'} and {home}/*.png")
     return rows
 
@@ -241,8 +258,8 @@ def rows_of(done, seeds):
 # Tables
 
 
-def write_figures(rows, done, seeds):
-    """runs/study/figures.md: the rows, * where t3s minus it is primary, and what pass 1 shows."""
+def write_figures(rows, done, seeds, home="study"):
+    """runs/<home>/figures.md: the rows, * where t3s minus it is primary, and what pass 1 shows."""
     final = {row["name"]: row["final"] for row in rows}
     lines = ["| row | " + " | ".join(seeds) + " | mean | minus sft | minus base | t3s minus it |"]
     lines.append("|---" * (len(seeds) + 5) + "|")
@@ -255,12 +272,12 @@ def write_figures(rows, done, seeds):
         lines.append(f"| {name}{star} | " + " | ".join(cells) + " |")
     lines += ["", "| figure | " + " | ".join(seeds) + " | mean ± 95 % |"]
     lines.append("|---" * (len(seeds) + 2) + "|")
-    looked = [look(seed) if seed in done.get("sft", {}) else {} for seed in seeds]
+    looked = [look(f"{home}/{seed}") if seed in done.get("sft", {}) else {} for seed in seeds]
     for name in max(looked, key=len):
         values = [found[name] for found in looked if name in found]
         cells = [f"{found[name]:.3g}" if name in found else "-" for found in looked]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {minus(values, 0.0)} |")
-    path = run_folder("study") / "figures.md"
+    path = run_folder(home) / "figures.md"
     with whole_file(path) as aside:
         aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -272,10 +289,10 @@ def minus(values, others):
     return demo.difference(values, others)
 
 
-def look(seed):
+def look(home):
     """What a student's pass 1 shows, apart from the rows: {figure: number}."""
-    run = run_folder(f"study/{seed}/sft")
-    curve = records(f"study/{seed}/sft")
+    run = run_folder(f"{home}/sft")
+    curve = records(f"{home}/sft")
     accuracy, steps = curve["eval_accuracy"], curve["step"].tolist()
     found = {
         "lowest accuracy of SFT minus base": accuracy.min() - accuracy[0],
@@ -289,7 +306,7 @@ def look(seed):
             found["label-free bottleneck, step"] = stats["label_free_bottleneck"]
         found["share of anchors"] = stats["anchors"]
         found["share of yet-to-learn tokens"] = stats["yet_to_learn"]
-        _, anchors, fell, low = report.bifurcation(f"study/{seed}/sft", run / "selection/t3s")
+        _, anchors, fell, low = report.bifurcation(f"{home}/sft", run / "selection/t3s")
         at = steps.index(low)
         found["anchors at the bottleneck, nats"] = anchors[at]
         found["yet-to-learn at the bottleneck, 0.001 nats"] = 1000 * fell[at]
@@ -297,7 +314,7 @@ def look(seed):
     if (run / "mechanism.json").exists():
         found |= look_at_mechanism(read_json(run / "mechanism.json"))
     for row in RECOVERIES:
-        path = run_folder(f"study/{seed}/{row}-sft") / "mechanism.json"
+        path = run_folder(f"{home}/{row}-sft") / "mechanism.json"
         if path.exists():
             found |= look_at_rrt(read_json(path)["rrt"], f"{row}: ")
     return {name: float(value) for name, value in found.items()}
@@ -366,6 +383,21 @@ def draw_gradients(found, path):
         axis.legend(frameon=False, fontsize=8)
     axes[0].set_yscale("log")
     report.save(fig, path)
+
+
+def draw_probes(done, seeds, path):
+    """Final accuracy against the length of the probe, beside SFT, the base and T3S by the pilot."""
+
+    def ends(row):
+        return [done[row][seed]["accuracies"][-1] for seed in seeds if seed in done.get(row, {})]
+
+    pilot = ("base", "sft", "t3s", "t3s-label_free")
+    levels = {row: ends(row) for row in pilot if len(ends(row)) == len(seeds)}
+    curve = {steps: ends(f"probe-{steps}") for steps in PROBES}
+    curve[SETTINGS["steps"]] = ends("t3s-36")
+    whole = {steps: values for steps, values in curve.items() if len(values) == len(seeds)}
+    if whole:
+        report.draw_probes(whole, levels, path)
 
 
 def draw_bottlenecks(done, seeds, path):
