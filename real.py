@@ -3,11 +3,14 @@
     make real                           # or: python real.py; SmolLM2-135M-Instruct from the hub
     python real.py --model=FOLDER       # any Hugging Face folder
     python real.py --seeds=1,2,3        # three trainings instead of one
+    python real.py --task=leg_counting  # another task: what the teacher knows, the student does not
 
-Real are the weights, the tokenizer, the language and the task: reasoning-gym's chain_sum, sums of
-three digits. Made are the teacher's traces, right answers in the manner of DeepSeek-R1 ("Okay, so I
-need to ... Wait, let me double-check that"), and a few minutes of training before it all, in which
-the student learns to answer such sums briefly: zero-shot, a model of this size cannot.
+Real are the weights, the tokenizer, the language and the tasks, which are reasoning-gym's: sums of
+three digits, and the legs of two kinds of animals. Made are the teacher's traces, right answers in
+the manner of DeepSeek-R1 ("Okay, so I need to ... Wait, let me double-check that"), and a few
+minutes of training before it all, in which the student learns to answer such problems briefly:
+zero-shot, a model of this size cannot. Of the animals it meets one half in that training, and the
+other half in the teacher's traces only.
 
 A row of the table is printed as its commands. What is finished is in runs/real/table.json and is
 not run again: after Ctrl-C, or a kill, the same command goes on.
@@ -21,6 +24,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +40,7 @@ from plumbing.runs import run_folder
 
 @dataclass
 class Config:
+    task: str = "chain_sum"  # or leg_counting
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a Hugging Face folder or hub id
     seeds: str = "1"  # of the trainings, separated by commas: order of the traces, teacher's words
     dtype: str = "bfloat16"  # of the computation; float32 takes twice as long on many CPUs
@@ -48,25 +53,46 @@ class Config:
     record_problems: int = 64  # problems whose answers give the train accuracy
 
 
-# row -> keys of select.py; both thresholds were fixed before the first run (docs/LOG.md)
+# row -> keys of select.py; thresholds and rules were fixed before their first run (docs/LOG.md)
 SELECTIONS = {
     "t3s": dict(rule="t3s"),
     "t3s-1": dict(rule="t3s", tau=1.0),
     "random": dict(rule="random"),
     "inverse": dict(rule="inverse"),
+    "kinds": dict(rule="kinds"),
+    "kinds_random": dict(rule="kinds_random"),
+    "kinds_low": dict(rule="kinds_low"),
+    "t3s-label_free": dict(rule="t3s", bottleneck="label_free"),
 }
 OWN_ANSWERS = {"own-greedy": dict(temperature=0.0), "own-correct": dict(samples=4, correct=True)}
-ROWS = ("base", "sft", *SELECTIONS, *OWN_ANSWERS)
+
+
+def probes(cfg):
+    """Steps of pass 1 after which the selection is made too, as train.py --probe does it."""
+    return sorted({min(cfg.record_every * times, cfg.steps) for times in (1, 2, 4, cfg.steps)})
+
+
+def selections(cfg):
+    """row -> keys of select.py"""
+    found = {f"probe-{steps}": dict(rule="t3s", bottleneck=str(steps)) for steps in probes(cfg)}
+    return {**SELECTIONS, **found}
+
+
+def rows_of(cfg):
+    own = list(OWN_ANSWERS)
+    chosen = list(selections(cfg))
+    first = len(SELECTIONS)
+    return ["base", "sft", *chosen[:first], *own, *chosen[first:]]
 
 
 def main(**given):
     """Run what is missing, print the table, draw the picture -> the rows, as in table.json."""
     cfg = Config(**given)
     seeds = check(cfg)
-    home = run_folder("real")
+    home = run_folder(place(cfg))
     table = home / "table.json"
-    # what all rows have in common; more seeds can be added later
-    common = {key: value for key, value in vars(cfg).items() if key != "seeds"}
+    # what all rows have in common; the folder tells the task, and more seeds can be added later
+    common = {key: value for key, value in vars(cfg).items() if key not in ("seeds", "task")}
     if table.exists() and read_json(table)["config"] != common:
         raise InputError(f"{table}: made with other keys; give those, or move {home} away")
     done = read_json(table)["done"] if table.exists() else {}
@@ -74,23 +100,24 @@ def main(**given):
     base = student(cfg)
     print(f"theta_0: {base} ({time.time() - tick:.0f} s)", flush=True)
     for seed in seeds:
-        for row in ROWS:
+        for row in rows_of(cfg):
             if seed in done.setdefault(row, {}):
                 continue
             tick = time.time()
-            accuracy = measure(cfg, row, seed, base)
+            accuracy = measure(cfg, row, seed, base, done)
             done[row][seed] = {"accuracy": accuracy, "seconds": round(time.time() - tick)}
             write_json(table, {"config": common, "done": done})
             print(f"  {row} of seed {seed}: {accuracy:.3f} ({done[row][seed]['seconds']} s)", flush=True)
-    names = {row: [f"real/{seed}/{row}" for seed in seeds] for row in ("sft", "t3s")}
+    names = {row: [f"{place(cfg)}/{seed}/{row}" for seed in seeds] for row in ("sft", "t3s")}
     report.figure(names, names["sft"], home / "real.png")
+    draw_probes(cfg, seeds, done)
     compare(cfg, seeds)
-    rows = [{"name": row, "final": [done[row][seed]["accuracy"] for seed in seeds]} for row in ROWS]
+    rows = [{"name": row, "final": [done[row][seed]["accuracy"] for seed in seeds]} for row in rows_of(cfg)]
     if len(seeds) > 1:
         demo.differences(rows)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    print(f"\nthe picture: {home / 'real.png'} (memory of this process: {peak:.1f} GiB at most)")
+    print(f"\nthe pictures: {home}/*.png (memory of this process: {peak:.1f} GiB at most)")
     return rows
 
 
@@ -98,6 +125,7 @@ def check(cfg):
     """-> the seeds. Raises InputError."""
     require(
         cfg,
+        task=tuple(TASKS),
         terse_steps=(1, None),
         steps=(1, None),
         record_every=(1, None),
@@ -108,31 +136,18 @@ def check(cfg):
     return demo.check(demo.Config(seeds=cfg.seeds))
 
 
+def place(cfg):
+    """Where a task has its runs under runs/, and its data under data/."""
+    return "real" if cfg.task == Config.task else f"real-{cfg.task}"
+
+
 # --------------------------------------------------------------------------------------------------
-# The task
+# The tasks
 
 
-def problems(n):
-    """n different problems -> [(question, answer, the two steps of its solution)]
-
-    Raises InputError where reasoning-gym is missing.
-    """
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        message = "real.py takes its task from reasoning-gym: pip install reasoning-gym"
-        raise InputError(f"{message} ({error})") from error
-    keys = dict(min_terms=3, max_terms=3, min_digits=1, max_digits=1, seed=7, size=2 * n)
-    found = {}
-    for entry in reasoning_gym.create_dataset("chain_sum", **keys):
-        found[entry["question"]] = (entry["question"], entry["answer"], solve(entry["question"]))
-    assert len(found) >= n, "too few different problems"
-    return list(found.values())[:n]
-
-
-def solve(question):
+def solve_sum(entry):
     """From left to right: "... 3 - 7 + 2 =" -> ["3 - 7 = -4", "-4 + 2 = -2"]"""
-    words = re.findall(r"[+-]|\d+", question.split(":")[-1])
+    words = re.findall(r"[+-]|\d+", entry["question"].split(":")[-1])
     value = int(words[0])
     steps = []
     for sign, number in zip(words[1::2], words[2::2], strict=True):
@@ -142,59 +157,146 @@ def solve(question):
     return steps
 
 
-def terse(answer, steps, rng):
-    return f"{steps[0]}, {steps[1]}. The answer is {answer}."
+def solve_legs(entry):
+    """{"ant": 2, "crab": 1} -> ["2 ants have 2 * 6 = 12 legs", "1 crab has 1 * 10 = 10 legs", ...]"""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    steps, parts = [], []
+    for animal, count in entry["metadata"]["animals"].items():
+        subject = f"{count} {animal}s have" if count > 1 else f"1 {animal} has"
+        parts.append(count * ANIMALS[animal])
+        steps.append(f"{subject} {count} * {ANIMALS[animal]} = {parts[-1]} legs")
+    sum_of_parts = " + ".join(map(str, parts))
+    return [*steps, f"{sum_of_parts} = {sum(parts)}"]
 
 
-def teacher(answer, steps, rng):
-    """The same two steps, never wrong, thinking aloud in the manner of DeepSeek-R1."""
-    first, second = steps
-    parts = [
-        (
-            "Okay, so I need to figure this out. ",
-            "Okay, let me think about this step by step. ",
-            "Hmm, let's see. ",
-            "Alright, so this is a sum of three numbers. ",
-            "Okay, so let me work through this carefully. ",
-        ),
-        ("First, ", "So first, ", "Let me start from the left: ", "Starting with the first part, "),
-        (first,),
-        (
-            ". ",
-            ". Wait, let me double-check that. Yes, that's right. ",
-            ". Hmm, that seems right. ",
-            f". Let me verify: {first}, yes. ",
-            ", okay. ",
-        ),
-        ("Then, ", "Now, ", "Next, I take that result: ", "So now ", "And after that, "),
-        (second,),
-        (
-            ". ",
-            ". Wait, is that correct? Yes, it is. ",
-            f". Let me check again: {second}. ",
-            ". Hmm, okay. ",
-            ". That makes sense. ",
-        ),
-        (
-            f"So the answer is {answer}.",
-            f"Therefore, the final answer should be {answer}.",
-            f"So I think the answer is {answer}.",
-            f"Putting it all together, the answer is {answer}.",
-        ),
-    ]
+def all_known(entry):
+    return True
+
+
+def animals_known(entry):
+    """Every second animal of the alphabet: ant, beetle, butterfly, ..."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    return set(entry["metadata"]["animals"]) <= set(sorted(ANIMALS)[::2])
+
+
+@dataclass
+class Task:
+    keys: dict  # of reasoning-gym's generator
+    solve: Callable  # entry -> the steps of its solution
+    kind: str  # what the teacher calls it
+    begin: str  # one of the ways in which the teacher begins
+    known: Callable = all_known  # entry -> may it occur in the training before it all?
+    pool: int = 1  # problems made for each that is used
+
+
+TASKS = {
+    "chain_sum": Task(
+        dict(min_terms=3, max_terms=3, min_digits=1, max_digits=1),
+        solve_sum,
+        kind="a sum of three numbers",
+        begin="Let me start from the left: ",
+    ),
+    "leg_counting": Task(
+        dict(min_animals=2, max_animals=2, min_instances=1, max_instances=9),
+        solve_legs,
+        kind="about counting legs",
+        begin="Let me start with the first animal: ",
+        known=animals_known,
+        pool=4,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    task: str
+    question: str
+    answer: str
+    steps: tuple  # of the solution
+    known: bool  # may occur in the training before it all
+
+
+def problems(task, n):
+    """n different problems -> [Problem]
+
+    Raises InputError where reasoning-gym is missing.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        message = "real.py takes its tasks from reasoning-gym: pip install reasoning-gym"
+        raise InputError(f"{message} ({error})") from error
+    made = TASKS[task]
+    found = {}
+    for entry in reasoning_gym.create_dataset(task, **made.keys, seed=7, size=2 * n):
+        question = entry["question"].strip()
+        steps = tuple(made.solve(entry))
+        found[question] = Problem(task, question, entry["answer"], steps, made.known(entry))
+    assert len(found) >= n, "too few different problems"
+    return list(found.values())[:n]
+
+
+def terse(problem, rng):
+    return f"{', '.join(problem.steps)}. The answer is {problem.answer}."
+
+
+OPENINGS = (
+    "Okay, so I need to figure this out. ",
+    "Okay, let me think about this step by step. ",
+    "Hmm, let's see. ",
+    "Alright, so this is {kind}. ",
+    "Okay, so let me work through this carefully. ",
+)
+FIRST = ("First, ", "So first, ", "{begin}", "Starting with the first part, ")
+THEN = ("Then, ", "Now, ", "Next, I take that result: ", "So now ", "And after that, ")
+# {} is the step that was just made
+CHECKS_OF_THE_FIRST = (
+    ". ",
+    ". Wait, let me double-check that. Yes, that's right. ",
+    ". Hmm, that seems right. ",
+    ". Let me verify: {}, yes. ",
+    ", okay. ",
+)
+CHECKS = (
+    ". ",
+    ". Wait, is that correct? Yes, it is. ",
+    ". Let me check again: {}. ",
+    ". Hmm, okay. ",
+    ". That makes sense. ",
+)
+ENDINGS = (
+    "So the answer is {}.",
+    "Therefore, the final answer should be {}.",
+    "So I think the answer is {}.",
+    "Putting it all together, the answer is {}.",
+)
+
+
+def teacher(problem, rng):
+    """The same steps, never wrong, thinking aloud in the manner of DeepSeek-R1."""
+    task = TASKS[problem.task]
+    parts = [[words.format(kind=task.kind) for words in OPENINGS]]
+    for i, step in enumerate(problem.steps):
+        checks = CHECKS if i else CHECKS_OF_THE_FIRST
+        parts.append([words.format(begin=task.begin) for words in (THEN if i else FIRST)])
+        parts.append([step])
+        parts.append([words.format(step) for words in checks])
+    parts.append([words.format(problem.answer) for words in ENDINGS])
     return "".join(map(rng.choice, parts))
 
 
 def folder(cfg, name, chosen, manner, seed=0):
     """Write problems and responses as jsonl, tokenise them by data.py -> the data folder."""
-    out = Path("data/real") / name
+    out = Path("data") / place(cfg) / name
     source = out.with_suffix(".jsonl")
     source.parent.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     lines = []
-    for i, (question, answer, steps) in enumerate(chosen):
-        response = manner(answer, steps, rng)
-        example = {"id": str(i), "prompt": question, "response": response, "answer": answer}
+    for i, problem in enumerate(chosen):
+        example = {"id": str(i), "prompt": problem.question}
+        example |= {"response": manner(problem, rng), "answer": problem.answer}
         lines.append(json.dumps(example) + "\n")
     source.write_text("".join(lines), encoding="utf-8")
     keys = dict(source=str(source), tokenizer=cfg.model, out=str(out), verifier="integer")
@@ -215,10 +317,12 @@ def run(main, file, **keys):
 def parts(cfg):
     """The problems of the student's training before it all, of the teacher, and the unseen ones."""
     sizes = (480, cfg.traces, cfg.unseen_problems)
-    found = problems(sum(sizes))
+    found = problems(cfg.task, sum(sizes) * TASKS[cfg.task].pool)
     random.Random(0).shuffle(found)
-    first, last = sizes[0], sizes[0] + sizes[1]
-    return found[:first], found[first:last], found[last:]
+    mine = cfg.traces + cfg.unseen_problems
+    brief = [problem for problem in found[:-mine] if problem.known][: sizes[0]]
+    assert len(brief) == sizes[0], "too few known problems"
+    return brief, found[-mine:][: cfg.traces], found[-cfg.unseen_problems :]
 
 
 def student(cfg):
@@ -228,7 +332,7 @@ def student(cfg):
     run(
         train.main,
         "train.py",
-        run="real/student",
+        run=f"{place(cfg)}/student",
         model=cfg.model,
         data=folder(cfg, "terse", brief, terse),
         steps=cfg.terse_steps,
@@ -239,16 +343,19 @@ def student(cfg):
         dtype=cfg.dtype,
         resume=True,
     )
-    return str(run_folder("real/student") / "checkpoints" / f"{cfg.terse_steps:06d}")
+    return str(run_folder(f"{place(cfg)}/student") / "checkpoints" / f"{cfg.terse_steps:06d}")
 
 
-def measure(cfg, row, seed, base):
+def measure(cfg, row, seed, base, done):
     """Train a row -> the accuracy of its last checkpoint on the unseen problems."""
-    sampling = sampling_keys(seed)
-    name = f"real/{seed}/{row}"
-    if row in SELECTIONS:
-        keys = dict(SELECTIONS[row], run=f"real/{seed}/sft", name=row, seed=int(seed), show=3)
-        chosen = run(load_select().main, "select.py", **keys)
+    name = f"{place(cfg)}/{seed}/{row}"
+    if row in selections(cfg):
+        keys = dict(selections(cfg)[row], name=row, seed=int(seed), show=3)
+        chosen = run(load_select().main, "select.py", run=f"{place(cfg)}/{seed}/sft", **keys)
+        twin = same_selection(chosen, [other for other in done if seed in done[other]])
+        if twin:
+            print(f"{row}: the tokens of {twin}, which is trained already")
+            return done[twin][seed]["accuracy"]
         more = {} if row == "t3s" else dict(record_every=0)
         run(train.main, "train.py", run=name, selection=str(chosen), resume=True, **more)
     elif row != "base":
@@ -256,10 +363,10 @@ def measure(cfg, row, seed, base):
             _, chosen, _ = parts(cfg)
             traces = folder(cfg, f"teacher-{seed}", chosen, teacher, int(seed))
         else:
-            traces = own_answers(cfg, row, seed, base, sampling)
+            traces = own_answers(cfg, row, seed, base)
         keys = dict(
             data=traces,
-            eval_data="data/real/unseen",
+            eval_data=f"data/{place(cfg)}/unseen",
             steps=cfg.steps,
             batch_size=32,
             micro_batch_size=32,
@@ -268,12 +375,21 @@ def measure(cfg, row, seed, base):
             dtype=cfg.dtype,
             record_every=cfg.record_every if row == "sft" else 0,
             record_problems=cfg.record_problems,
-            **sampling,
+            **sampling_keys(seed),
         )
         run(train.main, "train.py", run=name, model=base, resume=True, **keys)
     which = dict(model=base) if row == "base" else dict(run=name)
     [(summary, _)] = evaluated(cfg, seed, **which).values()
     return summary["accuracy"]
+
+
+def same_selection(folder, others):
+    """The row, one of `others`, that trains the same tokens as the selection in `folder`, or None."""
+    mask = (folder / "mask.npy").read_bytes()
+    for row in others:
+        path = folder.with_name(row) / "mask.npy"
+        if path.exists() and path.read_bytes() == mask:
+            return row
 
 
 def sampling_keys(seed):
@@ -282,26 +398,42 @@ def sampling_keys(seed):
 
 def evaluated(cfg, seed, **which):
     """eval.py on the unseen problems; answers that are there already are used again."""
-    keys = dict(data="data/real/unseen", dtype=cfg.dtype, **sampling_keys(seed))
+    keys = dict(data=f"data/{place(cfg)}/unseen", dtype=cfg.dtype, **sampling_keys(seed))
     return run(evaluation.main, "eval.py", **which, **keys)
 
 
-def own_answers(cfg, row, seed, base, sampling):
+def own_answers(cfg, row, seed, base):
     """Let the student answer the teacher's problems -> the data folder of its answers."""
-    out = f"data/real/{row}-{seed}"
-    problems = f"data/real/teacher-{seed}"
+    out = f"data/{place(cfg)}/{row}-{seed}"
+    problems = f"data/{place(cfg)}/teacher-{seed}"
     keys = dict(model=base, data=problems, out=f"{out}.jsonl", dtype=cfg.dtype)
-    run(own.main, "own.py", **keys, **sampling, **OWN_ANSWERS[row])
+    run(own.main, "own.py", **keys, **sampling_keys(seed), **OWN_ANSWERS[row])
     keys = dict(source=f"{out}.jsonl", tokenizer=base, out=out, template="none")
     run(data.main, "data.py", verifier="integer", **keys)
     return out
 
 
+# --------------------------------------------------------------------------------------------------
+# The results
+
+
 def compare(cfg, seeds):
     """eval.py's table of each seed, with intervals paired by problem; all answers are there."""
     for seed in seeds:
-        runs = ",".join(["base", *(f"real/{seed}/{row}" for row in ROWS[1:])])
-        evaluated(cfg, seed, run=runs)
+        trained = [f"{place(cfg)}/{seed}/{row}" for row in rows_of(cfg)[1:]]
+        runs = [name for name in trained if run_folder(name).exists()]
+        evaluated(cfg, seed, run=",".join(["base", *runs]))
+
+
+def draw_probes(cfg, seeds, done):
+    """Final accuracy against the step that the selection is made at, as study.py --what=probes."""
+
+    def ends(row):
+        return [done[row][seed]["accuracy"] for seed in seeds]
+
+    curve = {steps: ends(f"probe-{steps}") for steps in probes(cfg)}
+    levels = {row: ends(row) for row in ("base", "sft", "t3s", "t3s-label_free")}
+    report.draw_probes(curve, levels, run_folder(place(cfg)) / "probes.png")
 
 
 if __name__ == "__main__":

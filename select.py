@@ -200,6 +200,30 @@ def entropy_low(moved, start, response_spans, rng, *, entropy):
     return highest(-entropy, moved.sum())
 
 
+def kinds(moved, start, response_spans, rng, *, gain, ids):
+    """Not the paper's: of the tokens that moved, those of a kind that moves more than most.
+
+    A kind is all positions of one token id. A mannerism ("Wait", " let", " me") is a surprise
+    wherever it stands, so its kind rises; what the teacher knows and the student does not is a
+    digit here and there, while most digits are no surprise: its kind hardly moves, and it stays.
+    """
+    _, kind = np.unique(ids, return_inverse=True)
+    mean = np.bincount(kind, gain) / np.bincount(kind)
+    return moved & (mean[kind] > gain.mean())
+
+
+def kinds_random(moved, start, response_spans, rng, *, gain, ids):
+    """Control: as many tokens of each example as `kinds` takes there."""
+    taken = kinds(moved, start, response_spans, rng, gain=gain, ids=ids)
+    return random(taken, start, response_spans, rng)
+
+
+def kinds_low(moved, start, response_spans, rng, *, gain, ids):
+    """Control: as many tokens as `kinds` takes, the least confident ones at step 0."""
+    taken = kinds(moved, start, response_spans, rng, gain=gain, ids=ids)
+    return highest(-start, taken.sum())
+
+
 def dft(moved, start, response_spans, rng):
     """Control: weight = probability at step 0, after DFT (arXiv 2508.05629)."""
     # DFT's own weight follows the student as it learns; a mask on disk can only hold the start
@@ -218,6 +242,9 @@ RULES = {
     "loss_low": loss_low,
     "entropy_high": entropy_high,
     "entropy_low": entropy_low,
+    "kinds": kinds,
+    "kinds_random": kinds_random,
+    "kinds_low": kinds_low,
     "dft": dft,
 }
 

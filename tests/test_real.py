@@ -32,14 +32,24 @@ QUICK = dict(
 )
 
 
-def create_dataset(name, min_terms, max_terms, min_digits, max_digits, seed, size):
-    """Entries as reasoning-gym's chain_sum has them."""
-    assert (name, min_terms, max_terms, min_digits, max_digits) == ("chain_sum", 3, 3, 1, 1)
+ANIMALS = {"ant": 6, "bee": 6, "bird": 2, "cat": 4, "crab": 10, "snake": 0}
+
+
+def create_dataset(name, seed, size, **keys):
+    """Entries as reasoning-gym's chain_sum and leg_counting have them."""
     rng = random.Random(seed)
     for _ in range(size):
-        words = f"{rng.randrange(10)} {rng.choice('+-')} {rng.randrange(10)} {rng.choice('+-')} {rng.randrange(10)}"
-        question = f"State the final answer to the following arithmetic problem: {words} ="
-        yield {"question": question, "answer": str(eval(words))}
+        if name == "chain_sum":
+            assert keys == dict(min_terms=3, max_terms=3, min_digits=1, max_digits=1)
+            words = f"{rng.randrange(10)} {rng.choice('+-')} {rng.randrange(10)} {rng.choice('+-')} {rng.randrange(10)}"
+            question = f"State the final answer to the following arithmetic problem: {words} ="
+            yield {"question": question, "answer": str(eval(words)), "metadata": {}}
+        else:
+            assert keys == dict(min_animals=2, max_animals=2, min_instances=1, max_instances=9)
+            animals = {animal: rng.randint(1, 9) for animal in rng.sample(list(ANIMALS), 2)}
+            names = ", ".join(f"{n} {animal}{'s' if n > 1 else ''}" for animal, n in animals.items())
+            total = sum(n * ANIMALS[animal] for animal, n in animals.items())
+            yield {"question": f"How many legs: {names}?\n", "answer": str(total), "metadata": {"animals": animals}}
 
 
 @pytest.fixture
@@ -56,43 +66,67 @@ def small(tmp_path, monkeypatch):
     module = types.ModuleType("reasoning_gym")
     module.create_dataset = create_dataset
     monkeypatch.setitem(sys.modules, "reasoning_gym", module)
+    legs = types.ModuleType("reasoning_gym.arithmetic.leg_counting")
+    legs.ANIMALS = ANIMALS
+    monkeypatch.setitem(sys.modules, legs.__name__, legs)
     # a student that is never right has no bottleneck of its own
     monkeypatch.setattr(load_select(), "find_bottleneck", lambda *args, **keys: 1)
     return tmp_path
 
 
-def test_traces_are_right_and_differ_in_manner_alone(small):
-    found = real.problems(100)
-    assert len({question for question, _, _ in found}) == 100
+@pytest.mark.parametrize("task", real.TASKS)
+def test_traces_are_right_and_differ_in_manner_alone(small, task):
+    found = real.problems(task, 100)
+    assert len({problem.question for problem in found}) == 100
     rng = random.Random(0)
-    for question, answer, steps in found:
-        first, second = steps
-        assert first.startswith(question.split(":")[1].strip().rsplit(" ", 3)[0])
-        assert second.split(" = ")[1] == answer
-        brief, long = real.terse(answer, steps, rng), real.teacher(answer, steps, rng)
+    for problem in found:
+        assert problem.steps[-1].split(" = ")[1] == problem.answer
+        brief, long = real.terse(problem, rng), real.teacher(problem, rng)
         for text in (brief, long):
-            assert grade(text, answer, "integer") and first in text and second in text
-    said = {real.teacher(answer, steps, rng) for _ in range(20)}
-    assert len(said) > 15  # the last problem's, in other words each time
+            assert grade(text, problem.answer, "integer") and "{" not in text
+            assert all(step in text for step in problem.steps)
+    said = {real.teacher(found[0], rng) for _ in range(20)}
+    assert len(said) > 15  # the same problem's, in other words each time
 
 
-def test_no_unseen_problem_is_trained_on(small):
-    brief, taught, unseen = real.parts(real.Config(**QUICK))
+def test_steps_of_a_solution(small):
+    entry = dict(question="State: 3 - 7 + 2 =")
+    assert real.solve_sum(entry) == ["3 - 7 = -4", "-4 + 2 = -2"]
+    entry = dict(metadata=dict(animals=dict(ant=2, crab=1)))
+    steps = ["2 ants have 2 * 6 = 12 legs", "1 crab has 1 * 10 = 10 legs", "12 + 10 = 22"]
+    assert real.solve_legs(entry) == steps
+
+
+@pytest.mark.parametrize("task", real.TASKS)
+def test_no_unseen_problem_is_trained_on(small, task):
+    brief, taught, unseen = real.parts(real.Config(**QUICK, task=task))
     assert [len(part) for part in (brief, taught, unseen)] == [480, 8, 6]
-    assert len({question for part in (brief, taught, unseen) for question, _, _ in part}) == 494
+    assert len({problem.question for part in (brief, taught, unseen) for problem in part}) == 494
+
+
+def test_half_of_the_animals_are_the_teachers_alone(small):
+    cfg = real.Config(**QUICK | dict(traces=60, unseen_problems=60), task="leg_counting")
+    brief, taught, unseen = real.parts(cfg)
+    rare = ("bee", "cat", "snake")  # every second one of the alphabet, from the second on
+    for part, some in ((brief, False), (taught, True), (unseen, True)):
+        met = {name for problem in part for name in rare if f" {name}" in problem.question}
+        assert met == (set(rare) if some else set())
+    # the teacher's and the unseen problems are of one kind: either may be of well-known animals alone
+    assert any(problem.known for problem in taught) and any(problem.known for problem in unseen)
 
 
 def test_every_row_is_run_once_however_often_it_is_stopped(small, monkeypatch, capsys):
     calls = []
     measure = real.measure
+    rows_run = real.rows_of(real.Config(**QUICK))
 
-    def counted(cfg, row, seed, base):
+    def counted(cfg, row, seed, base, done):
         calls.append(row)
         if row == "random" and calls.count(row) == 1:
             raise KeyboardInterrupt
-        return measure(cfg, row, seed, base)
+        return measure(cfg, row, seed, base, done)
 
-    def own_answers(cfg, row, seed, base, sampling):  # a student that knows nothing never ends
+    def own_answers(cfg, row, seed, base):  # a student that knows nothing never ends
         return f"data/real/teacher-{seed}"
 
     monkeypatch.setattr(real, "measure", counted)
@@ -101,13 +135,18 @@ def test_every_row_is_run_once_however_often_it_is_stopped(small, monkeypatch, c
         real.main(**QUICK)
     assert list(table()["done"])[:4] == ["base", "sft", "t3s", "t3s-1"]
     rows = real.main(**QUICK)
-    assert [row["name"] for row in rows] == list(real.ROWS)
-    assert sorted(calls) == sorted([*real.ROWS, "random"])
+    assert [row["name"] for row in rows] == rows_run
+    assert sorted(calls) == sorted([*rows_run, "random"])
     out = capsys.readouterr().out
     assert "$ python eval.py --run=base,real/1/sft,real/1/t3s,real/1/t3s-1," in out
     assert Path("runs/real/real.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("runs/real/probes.png").read_bytes().startswith(b"\x89PNG")
+    # the bottleneck is step 1 here, and so is the first probe
+    assert "probe-1: the tokens of t3s, which is trained already" in out
+    assert table()["done"]["probe-1"] == table()["done"]["t3s"] | dict(seconds=0)
+    assert not Path("runs/real/1/probe-1").exists()
     base = "runs/real/student/checkpoints/000002"
-    for row in real.ROWS[1:]:
+    for row in rows_run[1:-2]:
         keys = run_keys(Path(f"runs/real/1/{row}"))
         assert keys["model"] == base and keys["steps"] == 2 and keys["dtype"] == "float32"
         assert keys["record_every"] == (row in ("sft", "t3s"))
@@ -126,7 +165,7 @@ def test_own_answers_are_the_students(small, monkeypatch):
     monkeypatch.setattr(real.own, "main", lambda **keys: seen.append(keys))
     monkeypatch.setattr(data, "main", lambda **keys: seen.append(keys))
     for row in real.OWN_ANSWERS:
-        real.own_answers(cfg, row, "1", "student", dict(max_new_tokens=100, seed=1))
+        real.own_answers(cfg, row, "1", "student")
     greedy, _, correct, made = seen
     assert greedy["temperature"] == 0 and "correct" not in greedy
     assert correct["correct"] and correct["samples"] == 4

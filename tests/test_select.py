@@ -213,6 +213,35 @@ def test_matched_random_takes_the_same_words_elsewhere():
         assert (again == mask).all() and (other != mask).any()
 
 
+@pytest.mark.parametrize("kind", ["keep", "force"])
+def test_kinds_takes_what_moved_with_its_kind(kind):
+    delta, start, spans = world(seed=11, n=300)
+    ids = np.random.default_rng(12).integers(0, 20, size=300)
+    gain = delta if kind == "keep" else -delta
+    taken = []
+    for t in range(300):
+        same = [gain[u] for u in range(300) if ids[u] == ids[t]]
+        taken.append(gain[t] > 0.3 and sum(same) / len(same) > sum(gain) / 300)
+    masks = {
+        rule: select.choose(rule, kind, delta, start, spans, 0.3, ids=ids) == (kind == "force")
+        for rule in ("kinds", "kinds_random", "kinds_low")
+    }
+    assert masks["kinds"].tolist() == taken and 0 < sum(taken) < (gain > 0.3).sum()
+    for a, b in spans:
+        assert masks["kinds_random"][a:b].sum() == sum(taken[a:b])
+    lowest = sorted(range(300), key=lambda t: start[t])[: sum(taken)]
+    assert set(np.flatnonzero(masks["kinds_low"])) == set(lowest)
+
+
+def test_kinds_keeps_what_the_teacher_knows():
+    """A word is news wherever it stands; one digit in four is, and rises as far."""
+    ids = np.repeat([1, 2], 40)  # the word, the digit
+    delta = np.where(ids == 1, 2.0, np.where(np.arange(80) % 4, 0.0, 2.0)) + 1e-3
+    keep = select.choose("kinds", "keep", delta, np.full(80, -3.0), [(0, 80)], ids=ids)
+    assert keep.tolist() == (ids == 2).tolist()
+    assert not select.choose("t3s", "keep", delta, np.full(80, -3.0), [(0, 80)]).any()
+
+
 def test_dft_weights_are_the_probabilities_at_step_0(run):
     weights = np.load(select.main(run="sft", rule="dft", show=0) / "mask.npy")
     expected = [math.exp(c) if r else 0.0 for c, r in zip(run.logprob(0), run.response, strict=True)]
