@@ -43,6 +43,7 @@ class Config:
     task: str = "chain_sum"  # or leg_counting
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a Hugging Face folder or hub id
     seeds: str = "1"  # of the trainings, separated by commas: order of the traces, teacher's words
+    rows: str = ""  # of the table, separated by commas; default: all. More can be added later
     dtype: str = "bfloat16"  # of the computation; float32 takes twice as long on many CPUs
     terse_steps: int = 20  # of the training before it all; more of them: a stronger student
     steps: int = 12  # of every other run
@@ -88,11 +89,11 @@ def rows_of(cfg):
 def main(**given):
     """Run what is missing, print the table, draw the picture -> the rows, as in table.json."""
     cfg = Config(**given)
-    seeds = check(cfg)
+    seeds, wanted = check(cfg)
     home = run_folder(place(cfg))
     table = home / "table.json"
-    # what all rows have in common; the folder tells the task, and more seeds can be added later
-    common = {key: value for key, value in vars(cfg).items() if key not in ("seeds", "task")}
+    # what all rows have in common, apart from the task, which the folder tells
+    common = {key: value for key, value in vars(cfg).items() if key not in ("task", "seeds", "rows")}
     if table.exists() and read_json(table)["config"] != common:
         raise InputError(f"{table}: made with other keys; give those, or move {home} away")
     done = read_json(table)["done"] if table.exists() else {}
@@ -100,7 +101,7 @@ def main(**given):
     base = student(cfg)
     print(f"theta_0: {base} ({time.time() - tick:.0f} s)", flush=True)
     for seed in seeds:
-        for row in rows_of(cfg):
+        for row in wanted:
             if seed in done.setdefault(row, {}):
                 continue
             tick = time.time()
@@ -109,10 +110,11 @@ def main(**given):
             write_json(table, {"config": common, "done": done})
             print(f"  {row} of seed {seed}: {accuracy:.3f} ({done[row][seed]['seconds']} s)", flush=True)
     names = {row: [f"{place(cfg)}/{seed}/{row}" for seed in seeds] for row in ("sft", "t3s")}
+    names = {row: runs for row, runs in names.items() if ends(done, row, seeds)}
     report.figure(names, names["sft"], home / "real.png")
-    draw_probes(cfg, seeds, done)
+    rows = [{"name": row, "final": ends(done, row, seeds)} for row in rows_of(cfg) if ends(done, row, seeds)]
+    draw_probes(cfg, {row["name"]: row["final"] for row in rows})
     compare(cfg, seeds)
-    rows = [{"name": row, "final": [done[row][seed]["accuracy"] for seed in seeds]} for row in rows_of(cfg)]
     if len(seeds) > 1:
         demo.differences(rows)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
@@ -122,7 +124,7 @@ def main(**given):
 
 
 def check(cfg):
-    """-> the seeds. Raises InputError."""
+    """-> the seeds, the rows. Raises InputError."""
     require(
         cfg,
         task=tuple(TASKS),
@@ -133,7 +135,18 @@ def check(cfg):
         unseen_problems=(1, None),
         record_problems=(1, None),
     )
-    return demo.check(demo.Config(seeds=cfg.seeds))
+    wanted = cfg.rows.split(",") if cfg.rows else rows_of(cfg)
+    unknown = set(wanted) - set(rows_of(cfg))
+    if unknown or wanted[:2] != ["base", "sft"]:
+        message = f"must be base,sft and any of {', '.join(rows_of(cfg)[2:])}"
+        raise InputError(f"--rows={cfg.rows}: {message}")
+    return demo.check(demo.Config(seeds=cfg.seeds)), wanted
+
+
+def ends(done, row, seeds):
+    """The accuracies of a row, one per seed; [] unless all are there."""
+    found = done.get(row, {})
+    return [found[seed]["accuracy"] for seed in seeds] if all(seed in found for seed in seeds) else []
 
 
 def place(cfg):
@@ -356,8 +369,8 @@ def measure(cfg, row, seed, base, done):
         if twin:
             print(f"{row}: the tokens of {twin}, which is trained already")
             return done[twin][seed]["accuracy"]
-        more = {} if row == "t3s" else dict(record_every=0)
-        run(train.main, "train.py", run=name, selection=str(chosen), resume=True, **more)
+        every = 3 * cfg.record_every if row == "t3s" else 0  # a recording takes as long as four steps
+        run(train.main, "train.py", run=name, selection=str(chosen), resume=True, record_every=every)
     elif row != "base":
         if row == "sft":
             _, chosen, _ = parts(cfg)
@@ -425,15 +438,12 @@ def compare(cfg, seeds):
         evaluated(cfg, seed, run=",".join(["base", *runs]))
 
 
-def draw_probes(cfg, seeds, done):
+def draw_probes(cfg, final):
     """Final accuracy against the step that the selection is made at, as study.py --what=probes."""
-
-    def ends(row):
-        return [done[row][seed]["accuracy"] for seed in seeds]
-
-    curve = {steps: ends(f"probe-{steps}") for steps in probes(cfg)}
-    levels = {row: ends(row) for row in ("base", "sft", "t3s", "t3s-label_free")}
-    report.draw_probes(curve, levels, run_folder(place(cfg)) / "probes.png")
+    curve = {steps: final[f"probe-{steps}"] for steps in probes(cfg) if f"probe-{steps}" in final}
+    levels = {row: final[row] for row in ("base", "sft", "t3s", "t3s-label_free") if row in final}
+    if len(curve) > 1:
+        report.draw_probes(curve, levels, run_folder(place(cfg)) / "probes.png")
 
 
 if __name__ == "__main__":
