@@ -2,7 +2,7 @@
 
 theta_0 + (theta_f - theta_b): the student before training, plus only the updates that came after
 the bottleneck. `python select.py --run=sft --rule=rrt` calls this.
-Next: plumbing/config.py.
+Next: hf/smollm2.py.
 """
 
 import shutil
