@@ -200,6 +200,7 @@ class Task:
     solve: Callable  # entry -> the steps of its solution
     kind: str  # what the teacher calls it
     begin: str  # one of the ways in which the teacher begins
+    max_new_tokens: int  # above the teacher's longest trace
     known: Callable = all_known  # entry -> may it occur in the training before it all?
     pool: int = 1  # problems made for each that is used
 
@@ -210,12 +211,14 @@ TASKS = {
         solve_sum,
         kind="a sum of three numbers",
         begin="Let me start from the left: ",
+        max_new_tokens=100,
     ),
     "leg_counting": Task(
         dict(min_animals=2, max_animals=2, min_instances=1, max_instances=9),
         solve_legs,
         kind="about counting legs",
         begin="Let me start with the first animal: ",
+        max_new_tokens=200,
         known=animals_known,
         pool=4,
     ),
@@ -388,7 +391,7 @@ def measure(cfg, row, seed, base, done):
             dtype=cfg.dtype,
             record_every=cfg.record_every if row == "sft" else 0,
             record_problems=cfg.record_problems,
-            **sampling_keys(seed),
+            **sampling_keys(cfg, seed),
         )
         run(train.main, "train.py", run=name, model=base, resume=True, **keys)
     which = dict(model=base) if row == "base" else dict(run=name)
@@ -405,13 +408,13 @@ def same_selection(folder, others):
             return row
 
 
-def sampling_keys(seed):
-    return dict(max_new_tokens=100, seed=int(seed))
+def sampling_keys(cfg, seed):
+    return dict(max_new_tokens=TASKS[cfg.task].max_new_tokens, seed=int(seed))
 
 
 def evaluated(cfg, seed, **which):
     """eval.py on the unseen problems; answers that are there already are used again."""
-    keys = dict(data=f"data/{place(cfg)}/unseen", dtype=cfg.dtype, **sampling_keys(seed))
+    keys = dict(data=f"data/{place(cfg)}/unseen", dtype=cfg.dtype, **sampling_keys(cfg, seed))
     return run(evaluation.main, "eval.py", **which, **keys)
 
 
@@ -420,7 +423,7 @@ def own_answers(cfg, row, seed, base):
     out = f"data/{place(cfg)}/{row}-{seed}"
     problems = f"data/{place(cfg)}/teacher-{seed}"
     keys = dict(model=base, data=problems, out=f"{out}.jsonl", dtype=cfg.dtype)
-    run(own.main, "own.py", **keys, **sampling_keys(seed), **OWN_ANSWERS[row])
+    run(own.main, "own.py", **keys, **sampling_keys(cfg, seed), **OWN_ANSWERS[row])
     keys = dict(source=f"{out}.jsonl", tokenizer=base, out=out, template="none")
     run(data.main, "data.py", verifier="integer", **keys)
     return out
