@@ -382,7 +382,6 @@ def measure(cfg, row, seed, base, done):
             traces = own_answers(cfg, row, seed, base)
         keys = dict(
             data=traces,
-            eval_data=f"data/{place(cfg)}/unseen",
             steps=cfg.steps,
             batch_size=32,
             micro_batch_size=32,

@@ -175,11 +175,12 @@ def save(fig, path):
 def draw_runs(axes, groups, first, selection):
     """The first row -> the bottleneck's step of each run of pass 1."""
     colours = itertools.cycle(COLOURS)
-    for name, runs in groups.items():
+    found = {name: [records(run) for run in runs] for name, runs in groups.items()}
+    unseen = all("eval_accuracy" in curve for curves in found.values() for curve in curves)
+    shown = "eval_accuracy" if unseen else "accuracy"
+    for name, recorded in found.items():
         colour = next(colours)
-        recorded = [records(run) for run in runs]
         steps = recorded[0]["step"]
-        shown = "eval_accuracy" if "eval_accuracy" in recorded[0] else "accuracy"
         for axis, key in zip(axes, (shown, "nll"), strict=False):
             if key in recorded[0]:
                 values = np.stack([curve[key] for curve in recorded])
