@@ -22,6 +22,7 @@ import json
 import random
 import re
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -395,6 +396,8 @@ def measure(cfg, row, seed, base, done):
         run(train.main, "train.py", run=name, model=base, resume=True, **keys)
     which = dict(model=base) if row == "base" else dict(run=name)
     [(summary, _)] = evaluated(cfg, seed, **which).values()
+    # three times the size of the model, and of use to a row that is not finished only
+    shutil.rmtree(run_folder(name) / "resume", ignore_errors=True)
     return summary["accuracy"]
 
 

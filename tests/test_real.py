@@ -151,6 +151,7 @@ def test_every_row_is_run_once_however_often_it_is_stopped(small, monkeypatch, c
     base = "runs/real/student/checkpoints/000002"
     for row in set(rows_run) - {"base", *twins}:
         keys = run_keys(Path(f"runs/real/1/{row}"))
+        assert not Path(f"runs/real/1/{row}/resume").exists()
         assert keys["model"] == base and keys["steps"] == 2 and keys["dtype"] == "float32"
         assert keys["record_every"] == {"sft": 1, "t3s": 3}.get(row, 0)
     with pytest.raises(InputError, match=r"table\.json: made with other keys"):
