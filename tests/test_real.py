@@ -106,7 +106,7 @@ def test_no_unseen_problem_is_trained_on(small, task):
 
 
 def test_half_of_the_animals_are_the_teachers_alone(small):
-    cfg = real.Config(**QUICK | dict(traces=60, unseen_problems=60), task="leg_counting")
+    cfg = real.Config(**QUICK | dict(traces=60, unseen_problems=60))
     brief, taught, unseen = real.parts(cfg)
     rare = ("bee", "cat", "deer", "duck", "leech", "snake")  # every second one of the alphabet
     for part, some in ((brief, False), (taught, True), (unseen, True)):
@@ -119,7 +119,8 @@ def test_half_of_the_animals_are_the_teachers_alone(small):
 def test_every_row_is_run_once_however_often_it_is_stopped(small, monkeypatch, capsys):
     calls = []
     measure = real.measure
-    rows_run = real.rows_of(real.Config(**QUICK))
+    rows_run = real.all_rows(real.Config(**QUICK))
+    keys = QUICK | dict(rows=",".join(rows_run))
 
     def counted(cfg, row, seed, base, done):
         calls.append(row)
@@ -128,38 +129,41 @@ def test_every_row_is_run_once_however_often_it_is_stopped(small, monkeypatch, c
         return measure(cfg, row, seed, base, done)
 
     def own_answers(cfg, row, seed, base):  # a student that knows nothing never ends
-        return f"data/real/teacher-{seed}"
+        return f"data/real/leg_counting/teacher-{seed}"
 
     monkeypatch.setattr(real, "measure", counted)
     monkeypatch.setattr(real, "own_answers", own_answers)
     with pytest.raises(KeyboardInterrupt):
-        real.main(**QUICK)
-    assert list(table()["done"])[:4] == ["base", "sft", "t3s", "t3s-1"]
-    rows = real.main(**QUICK)
+        real.main(**keys)
+    assert list(table()["done"])[:4] == ["base", "sft", "t3s", "kinds"]
+    rows = real.main(**keys)
     assert [row["name"] for row in rows] == rows_run
     assert sorted(calls) == sorted([*rows_run, "random"])
     out = capsys.readouterr().out
-    assert "$ python eval.py --run=base,real/1/sft,real/1/t3s,real/1/t3s-1," in out
-    assert Path("runs/real/real.png").read_bytes().startswith(b"\x89PNG")
-    assert Path("runs/real/probes.png").read_bytes().startswith(b"\x89PNG")
+    home = "real/leg_counting/1"
+    assert f"$ python eval.py --run=base,{home}/sft,{home}/t3s,{home}/kinds," in out
+    assert Path("runs/real/leg_counting/real.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("runs/real/leg_counting/probes.png").read_bytes().startswith(b"\x89PNG")
     # the bottleneck is step 1 here, with answers, without, and by the first probe
     accuracies = {row: cells["1"]["accuracy"] for row, cells in table()["done"].items()}
     twins = ("t3s-label_free", "probe-1")
     for row in twins:
         assert f"{row}: the tokens of t3s, which is trained already" in out
-        assert accuracies[row] == accuracies["t3s"] and not Path(f"runs/real/1/{row}").exists()
-    base = "runs/real/student/checkpoints/000002"
+        assert accuracies[row] == accuracies["t3s"] and not Path(f"runs/real/leg_counting/1/{row}").exists()
+    base = "runs/real/leg_counting/student/checkpoints/000002"
     for row in set(rows_run) - {"base", *twins}:
-        keys = run_keys(Path(f"runs/real/1/{row}"))
-        assert not Path(f"runs/real/1/{row}/resume").exists()
+        keys = run_keys(Path(f"runs/real/leg_counting/1/{row}"))
+        assert not Path(f"runs/real/leg_counting/1/{row}/resume").exists()
         assert keys["model"] == base and keys["steps"] == 2 and keys["dtype"] == "float32"
         assert keys["record_every"] == {"sft": 1, "t3s": 3}.get(row, 0)
     with pytest.raises(InputError, match=r"table\.json: made with other keys"):
         real.main(**QUICK | dict(steps=3))
+    with pytest.raises(InputError, match=r"--rows=base,t3s: must be base,sft and any of t3s, kinds, "):
+        real.main(**QUICK | dict(rows="base,t3s"))
 
 
 def table():
-    return json.loads(Path("runs/real/table.json").read_text())
+    return json.loads(Path("runs/real/leg_counting/table.json").read_text())
 
 
 def test_own_answers_are_the_students(small, monkeypatch):
