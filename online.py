@@ -4,6 +4,7 @@
     python train.py --run=t3s --online=continue --model=M --data=D    # from where pass 1 stands
     python train.py --run=t3s --online=true --watch=label_free ...    # without a single answer
     python train.py --run=t3s --probe=4 --model=M --data=D            # four steps, no bottleneck
+    python train.py --run=kinds --probe=4 --rule=kinds ...            # by another rule of select.py
 
 The paper's pass 1 is a whole run, of which two checkpoints are used: theta_0 and the bottleneck.
 Here it is a pilot, the run <run>-pilot, that looks at one curve every --watch_every steps:
@@ -100,6 +101,10 @@ def check_keys(cfg, given):
         raise InputError("--online and --probe: two ways to make a selection; choose one")
     if is_wanted(cfg) and given.get("selection") and {"online", "probe"} & set(given):
         raise InputError("--online and --probe make their own selection; leave --selection out")
+    if "rule" in given and cfg.rule != "t3s" and not is_wanted(cfg):
+        raise InputError(f"--rule={cfg.rule}: for --online and --probe; otherwise it is select.py's")
+    if cfg.rule not in load_select().RULES:
+        raise InputError(f"--rule={cfg.rule}: must be {', '.join(load_select().RULES)}")
     if cfg.online == "continue" and cfg.resume_every < 0:
         raise InputError("--online=continue needs a resume state, and --resume_every=-1 keeps none")
     if cfg.watch and not is_wanted(cfg) and not cfg.selection and not cfg.record_every:
@@ -118,13 +123,13 @@ def pass_1(train, cfg):
     resume.refuse_existing(cfg, run_folder(cfg.run))  # before the pilot's steps, not after them
     keys, bottleneck = probe(cfg) if cfg.probe else pilot(cfg)
     home = run_folder(keys["run"])
-    folder = home / "selection" / "t3s"
+    folder = home / "selection" / cfg.rule
     if not parallel.exists(folder / "mask.npy"):
         # an ordinary run: one that was killed is resumed
-        train(**{**asdict(cfg), **keys, "probe": 0, "online": "false", "resume": True})
+        train(**{**asdict(cfg), **keys, "probe": 0, "online": "false", "rule": "t3s", "resume": True})
         if keys["watch"]:
             check_passed(keys)
-        select_t3s(cfg, keys["run"], bottleneck)
+        select_tokens(cfg, keys["run"], bottleneck)
     if cfg.online != "continue":
         return {"selection": str(folder)}
     step = resume.newest(home)
@@ -138,12 +143,12 @@ def pass_1(train, cfg):
     return {"selection": str(folder), "resume": True}
 
 
-def select_t3s(cfg, run, bottleneck):
+def select_tokens(cfg, run, bottleneck):
     """select.py for the student of cfg, on the trajectory of `run`."""
     # an autoregressive student drops its anchors from the loss; a diffusion student's corruption
     # always masks the yet-to-learn tokens
     kind = "force" if read_config(local_folder(cfg.model)).is_diffusion else "keep"
-    made = {"run": run, "rule": "t3s", "kind": kind, "bottleneck": bottleneck, "show": 0}
+    made = {"run": run, "rule": cfg.rule, "kind": kind, "bottleneck": bottleneck, "show": 0}
 
     def choose():
         load_select().main(**made)

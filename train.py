@@ -83,6 +83,7 @@ class Config(Sampling, Corruption):
     watch: str = ""  # pass 1 ends behind the bottleneck of this curve: accuracy (--online's own), label_free
     watch_every: int = 5  # steps between two looks at it; without --online: --record_every
     probe: int = 0  # instead of --online: a pass 1 of so many steps, then pass 2 from theta_0
+    rule: str = "t3s"  # what --online and --probe select by: a rule of select.py
     # optimisation
     steps: int = 50  # optimizer steps
     batch_size: int = 64  # examples in an optimizer step, over all processes; 0: all of them

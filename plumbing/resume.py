@@ -76,6 +76,7 @@ OF_UPDATES = {
     "watch",
     "watch_every",
     "probe",
+    "rule",
 }
 
 

@@ -39,7 +39,7 @@ OF_THE_EXPERIMENT = (
     "samples",
     "max_new_tokens",
 )
-NEVER_INHERITED = ("run", "selection", "online", "watch", "probe", "resume", "allow_changes", "dry_run")
+NEVER_INHERITED = ("run", "selection", "online", "watch", "probe", "rule", "resume", "allow_changes", "dry_run")
 OF_ONE_CALL = ("resume", "allow_changes", "dry_run")
 RENAMED = {"keep_checkpoints": "keep_resume_states"}  # in the config.json of older runs
 

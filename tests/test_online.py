@@ -131,6 +131,16 @@ def test_online_is_a_shorter_pass_1_selection_and_pass_2(graded):
         train.main(run="both", online=True, selection=str(folder))
 
 
+def test_a_probe_selects_by_the_rule_that_was_asked_for(graded):
+    train.main(run="fast", probe=2, rule="kinds", **KEYS)
+    train.main(run="sft", record_every=1, **SHORT | dict(steps=7))
+    folder = load_select().main(run="sft", rule="kinds", bottleneck="2", show=0)
+    made = Path("runs/fast-probe/selection/kinds/mask.npy").read_bytes()
+    assert made == (folder / "mask.npy").read_bytes()
+    assert made != (load_select().main(run="sft", bottleneck="2", show=0) / "mask.npy").read_bytes()
+    assert read_json("runs/fast/config.json")["config"]["selection"].endswith("selection/kinds")
+
+
 def losses(run):
     return [line["loss"] for line in log(run) if "loss" in line]
 

@@ -15,6 +15,8 @@ assert WORLD  # the world of test_train.py, which conftest.py makes for this fil
 
 def test_keys_that_do_not_go_together_are_refused_before_anything_is_written(here):
     for keys, message in ((dict(online=True, probe=2), "choose one"),
+                          (dict(rule="kinds"), "--rule=kinds: for --online and --probe"),
+                          (dict(probe=2, rule="kind"), "--rule=kind: must be t3s, random, "),
                           (dict(online="maybe"), "--online=maybe: must be false or true or continue"),
                           (dict(online="continue", resume_every=-1), "--resume_every=-1 keeps none"),
                           (dict(watch="accuracy"), "give --record_every too"),
