@@ -66,20 +66,20 @@ SELECTIONS = {
     "kinds_random": dict(rule="kinds_random"),
     "kinds_low": dict(rule="kinds_low"),
     "t3s-1": dict(rule="t3s", tau=1.0),
-    "t3s-label_free": dict(rule="t3s", bottleneck="label_free"),
+    "kinds-label_free": dict(rule="kinds", bottleneck="label_free"),
 }
 OWN_ANSWERS = {"own-greedy": dict(temperature=0.0), "own-correct": dict(samples=4, correct=True)}
 ROWS = ("base", "sft", "t3s", "kinds", "random", "kinds_random", "inverse", *OWN_ANSWERS)
 
 
 def probes(cfg):
-    """Steps of pass 1 after which the selection is made too, as train.py --probe does it."""
+    """Steps of pass 1 after which kinds selects too, as train.py --probe --rule=kinds does it."""
     return sorted({min(cfg.record_every * times, cfg.steps) for times in (1, 2, 4, cfg.steps)})
 
 
 def selections(cfg):
     """row -> keys of select.py"""
-    found = {f"probe-{steps}": dict(rule="t3s", bottleneck=str(steps)) for steps in probes(cfg)}
+    found = {f"probe-{steps}": dict(rule="kinds", bottleneck=str(steps)) for steps in probes(cfg)}
     return {**SELECTIONS, **found}
 
 
@@ -468,9 +468,9 @@ def show(right, seeds):
 def draw_probes(cfg, final):
     """Final accuracy against the step that the selection is made at, as study.py --what=probes."""
     curve = {steps: final[f"probe-{steps}"] for steps in probes(cfg) if f"probe-{steps}" in final}
-    levels = {row: final[row] for row in ("base", "sft", "t3s", "t3s-label_free") if row in final}
+    levels = {row: final[row] for row in ("base", "sft", "t3s", "kinds") if row in final}
     if len(curve) > 1:
-        report.draw_probes(curve, levels, run_folder(place(cfg)) / "probes.png")
+        report.draw_probes(curve, levels, run_folder(place(cfg)) / "probes.png", pilot="kinds")
 
 
 if __name__ == "__main__":

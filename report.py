@@ -224,21 +224,22 @@ def draw_selection(axes, stats):
     axes[2].set_xlim(0, None)
 
 
-def draw_probes(curve, levels, path):
+def draw_probes(curve, levels, path, pilot="t3s"):
     """How little SFT does the selection need? A PNG.
 
     curve   {steps of the probe: [final accuracy of each student]}
-    levels  {row: [the same]}, drawn as lines: base, sft, and t3s by the bottleneck of a whole pilot
+    levels  {row: [the same]}, drawn as lines: base, sft, and others
+    pilot   the one of them that is selected at the bottleneck of a whole pilot
     """
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     x = list(curve)
     values = np.array(list(curve.values())).T  # (students, probes)
     axes[0].plot(x, values.T, color="grey", linewidth=0.6, alpha=0.5)
-    axes[0].plot(x, values.mean(0), ".-", color=COLOURS[0], label=f"T3S by a probe ({len(values)})")
+    axes[0].plot(x, values.mean(0), ".-", color=COLOURS[0], label=f"selected by a probe ({len(values)})")
     for colour, (row, accuracies) in zip(COLOURS[1:], levels.items(), strict=False):
         axes[0].axhline(np.mean(accuracies), color=colour, linestyle="--", linewidth=1, label=row)
     axes[0].set(title="final accuracy", ylim=(0, 1))
-    for place, (colour, row) in enumerate(zip(COLOURS, ("t3s", "sft"), strict=False)):
+    for place, (colour, row) in enumerate(zip(COLOURS, (pilot, "sft"), strict=False)):
         if row in levels:
             found = [few(values[:, i] - levels[row]) for i in range(len(x))]
             mean, half = zip(*found, strict=True)

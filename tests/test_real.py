@@ -146,10 +146,10 @@ def test_every_row_is_run_once_however_often_it_is_stopped(small, monkeypatch, c
     assert Path("runs/real/leg_counting/probes.png").read_bytes().startswith(b"\x89PNG")
     # the bottleneck is step 1 here, with answers, without, and by the first probe
     accuracies = {row: cells["1"]["accuracy"] for row, cells in table()["done"].items()}
-    twins = ("t3s-label_free", "probe-1")
+    twins = ("kinds-label_free", "probe-1")
     for row in twins:
-        assert f"{row}: the tokens of t3s, which is trained already" in out
-        assert accuracies[row] == accuracies["t3s"] and not Path(f"runs/real/leg_counting/1/{row}").exists()
+        assert f"{row}: the tokens of kinds, which is trained already" in out
+        assert accuracies[row] == accuracies["kinds"] and not Path(f"runs/real/leg_counting/1/{row}").exists()
     base = "runs/real/leg_counting/student/checkpoints/000002"
     for row in set(rows_run) - {"base", *twins}:
         keys = run_keys(Path(f"runs/real/leg_counting/1/{row}"))
