@@ -155,7 +155,7 @@ def test_every_row_is_run_once_however_often_it_is_stopped(small, monkeypatch, c
         keys = run_keys(Path(f"runs/real/leg_counting/1/{row}"))
         assert not Path(f"runs/real/leg_counting/1/{row}/resume").exists()
         assert keys["model"] == base and keys["steps"] == 2 and keys["dtype"] == "float32"
-        assert keys["record_every"] == {"sft": 1, "t3s": 3}.get(row, 0)
+        assert keys["record_every"] == (row == "sft")
     with pytest.raises(InputError, match=r"table\.json: made with other keys"):
         real.main(**QUICK | dict(steps=3))
     with pytest.raises(InputError, match=r"--rows=base,t3s: must be base,sft and any of t3s, kinds, "):
