@@ -101,9 +101,10 @@ def check_keys(cfg, given):
         raise InputError("--online and --probe: two ways to make a selection; choose one")
     if is_wanted(cfg) and given.get("selection") and {"online", "probe"} & set(given):
         raise InputError("--online and --probe make their own selection; leave --selection out")
-    if "rule" in given and cfg.rule != "t3s" and not is_wanted(cfg):
+    if cfg.rule != "t3s" and not is_wanted(cfg):
         raise InputError(f"--rule={cfg.rule}: for --online and --probe; otherwise it is select.py's")
-    if cfg.rule not in load_select().RULES:
+    # an ordinary run has no use for select.py, so it is not loaded for one
+    if is_wanted(cfg) and cfg.rule not in load_select().RULES:
         raise InputError(f"--rule={cfg.rule}: must be {', '.join(load_select().RULES)}")
     if cfg.online == "continue" and cfg.resume_every < 0:
         raise InputError("--online=continue needs a resume state, and --resume_every=-1 keeps none")

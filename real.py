@@ -19,8 +19,6 @@ is not run again: after Ctrl-C, or a kill, the same command goes on.
 Next: mechanism.py.
 """
 
-import contextlib
-import ctypes
 import json
 import random
 import re
@@ -332,11 +330,7 @@ def folder(cfg, name, chosen, manner, seed=0):
 def run(main, file, **keys):
     """Print the command, then run it; unlike demo.run, what it prints is seen: a row takes minutes."""
     demo.announce(file, keys)
-    result = main(**keys)
-    # glibc keeps what was freed: row by row the process grew from 7 to 12 GB
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return result
+    return main(**keys)
 
 
 def parts(cfg):
@@ -374,8 +368,9 @@ def student(cfg):
 def measure(cfg, row, seed, base, done):
     """Train a row -> the accuracy of its last checkpoint on the unseen problems."""
     name = f"{place(cfg)}/{seed}/{row}"
-    if row in selections(cfg):
-        keys = dict(selections(cfg)[row], name=row, seed=int(seed), show=3)
+    selection = selections(cfg).get(row)
+    if selection:
+        keys = dict(selection, name=row, seed=int(seed), show=3)
         chosen = run(load_select().main, "select.py", run=f"{place(cfg)}/{seed}/sft", **keys)
         twin = same_selection(chosen, [other for other in done if seed in done[other]])
         if twin:
@@ -465,11 +460,12 @@ def show(right, seeds):
     for row, answers in right.items():
         cells = []
         for other in ("base", "sft"):
+            if row == other:
+                cells.append("")
+                continue
             difference, (low, high), _ = intervals.paired(right[other], answers)
-            same = row == other
-            cells.append("" if same else f"{difference:+.3f} ({low:+.3f} to {high:+.3f})")
-        mean, _ = intervals.accuracy(answers)
-        print(f"{row:16}{mean:8.3f}{cells[0]:>26}{cells[1]:>26}")
+            cells.append(f"{difference:+.3f} ({low:+.3f} to {high:+.3f})")
+        print(f"{row:16}{np.mean(answers):8.3f}{cells[0]:>26}{cells[1]:>26}")
 
 
 def draw(cfg, seeds, final):

