@@ -20,13 +20,17 @@ Next: mechanism.py.
 """
 
 import json
+import multiprocessing
 import random
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +105,7 @@ def main(**given):
     if table.exists() and read_json(table)["config"] != common:
         raise InputError(f"{table}: made with other keys; give those, or move {home} away")
     done = read_json(table)["done"] if table.exists() else {}
-    tick = time.time()
+    started = tick = time.time()
     base = student(cfg)
     print(f"theta_0: {base} ({time.time() - tick:.0f} s)", flush=True)
     for seed in seeds:
@@ -120,9 +124,7 @@ def main(**given):
     show(graded(cfg, seeds), seeds)
     if len(seeds) > 1:
         demo.differences(rows)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    print(f"\nthe pictures: {home}/*.png (memory of this process: {peak:.1f} GiB at most)")
+    print(f"\nthe pictures: {home}/*.png ({time.time() - started:.0f} s in all, at most {peak():.1f} GiB)")
     return rows
 
 
@@ -333,6 +335,36 @@ def run(main, file, **keys):
     return main(**keys)
 
 
+def run_apart(main, file, **keys):
+    """The same in a process of its own, whose memory is free again when it ends.
+
+    Within one process it grew with every model trained, from 8 to 13 GB. Raises InputError if the
+    process is killed.
+    """
+    demo.announce(file, keys)
+    try:
+        # a fork would share torch's threads with this process
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(main, **keys).result()
+    except BrokenProcessPool:
+        message = "its process was killed, perhaps for want of memory; real.py goes on when called again"
+        raise InputError(f"{file}: {message}") from None
+
+
+def stop(number, frame):
+    """On SIGTERM: the process of run_apart saves and stops, and so does this one."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+    raise KeyboardInterrupt
+
+
+def peak():
+    """The most memory that this process or one of run_apart's has had, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
+    each = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(each) * unit / 2**30
+
+
 def parts(cfg):
     """The problems of the student's training before it all, of the teacher, and the unseen ones."""
     sizes = (480, cfg.traces, cfg.unseen_problems)
@@ -348,7 +380,7 @@ def student(cfg):
     """Teach the pretrained model to answer sums briefly -> the folder of theta_0."""
     brief, _, unseen = parts(cfg)
     folder(cfg, "unseen", unseen, terse)
-    run(
+    run_apart(
         train.main,
         "train.py",
         run=f"{place(cfg)}/student",
@@ -376,7 +408,7 @@ def measure(cfg, row, seed, base, done):
         if twin:
             print(f"{row}: the tokens of {twin}, which is trained already")
             return done[twin][seed]["accuracy"]
-        run(train.main, "train.py", run=name, selection=str(chosen), resume=True, record_every=0)
+        run_apart(train.main, "train.py", run=name, selection=str(chosen), resume=True, record_every=0)
     elif row != "base":
         if row == "sft":
             _, chosen, _ = parts(cfg)
@@ -395,7 +427,7 @@ def measure(cfg, row, seed, base, done):
             record_problems=cfg.record_problems,
             **sampling_keys(cfg, seed),
         )
-        run(train.main, "train.py", run=name, model=base, resume=True, **keys)
+        run_apart(train.main, "train.py", run=name, model=base, resume=True, **keys)
     which = dict(model=base) if row == "base" else dict(run=name)
     [(summary, _)] = evaluated(cfg, seed, **which).values()
     # three times the size of the model, and of use to a row that is not finished only
@@ -419,7 +451,7 @@ def sampling_keys(cfg, seed):
 def evaluated(cfg, seed, **which):
     """eval.py on the unseen problems; answers that are there already are used again."""
     keys = dict(data=f"data/{place(cfg)}/unseen", dtype=cfg.dtype, **sampling_keys(cfg, seed))
-    return run(evaluation.main, "eval.py", **which, **keys)
+    return run_apart(evaluation.main, "eval.py", **which, **keys)
 
 
 def own_answers(cfg, row, seed, base):
@@ -427,7 +459,7 @@ def own_answers(cfg, row, seed, base):
     out = f"data/{place(cfg)}/{row}-{seed}"
     problems = f"data/{place(cfg)}/teacher-{seed}"
     keys = dict(model=base, data=problems, out=f"{out}.jsonl", dtype=cfg.dtype)
-    run(own.main, "own.py", **keys, **sampling_keys(cfg, seed), **OWN_ANSWERS[row])
+    run_apart(own.main, "own.py", **keys, **sampling_keys(cfg, seed), **OWN_ANSWERS[row])
     keys = dict(source=f"{out}.jsonl", tokenizer=base, out=out, template="none")
     run(data.main, "data.py", verifier="integer", **keys)
     return out
@@ -495,4 +527,5 @@ def draw_probes(cfg, final):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     command(main, Config)

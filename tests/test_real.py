@@ -1,8 +1,11 @@
 """real.py with a student that knows nothing and a task made here: its commands, rows and resumption."""
 
 import json
+import os
 import random
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import model
 import real
 from hf import families
 from plumbing.config import InputError, load_select, write_json
+from plumbing.parallel import Interrupt
 from plumbing.runs import run_keys
 from verify import grade
 
@@ -70,6 +74,7 @@ def small(tmp_path, monkeypatch):
     legs = types.ModuleType("reasoning_gym.arithmetic.leg_counting")
     legs.ANIMALS = ANIMALS
     monkeypatch.setitem(sys.modules, legs.__name__, legs)
+    monkeypatch.setattr(real, "run_apart", real.run)
     # a student that is never right has no bottleneck of its own
     monkeypatch.setattr(load_select(), "find_bottleneck", lambda *args, **keys: 1)
     return tmp_path
@@ -178,6 +183,41 @@ def test_own_answers_are_the_students(small, monkeypatch):
     assert greedy["temperature"] == 0 and "correct" not in greedy
     assert correct["correct"] and correct["samples"] == 4
     assert made["source"] == correct["out"] and made["template"] == "none"
+
+
+def test_a_process_of_its_own():
+    """Gives the result back, and what went wrong in one line, also where it was killed."""
+    assert real.run_apart(os.getpid, "train.py") != os.getpid()
+    with pytest.raises(InputError, match="--tokenizer is missing"):
+        real.run_apart(data.main, "data.py", source="x.jsonl")
+    with pytest.raises(InputError, match=r"train\.py: its process was killed"):
+        real.run_apart(os._exit, "train.py", status=9)
+
+
+def saves_when_asked(path):
+    """As train.py does it."""
+    with Interrupt() as interrupt:
+        Path(path).write_text("running")
+        while not interrupt.asked():
+            time.sleep(0.1)
+    Path(path).write_text("saved")
+
+
+def test_sigterm_reaches_the_process_that_trains(tmp_path):
+    state = tmp_path / "state"
+    call = f"real.run_apart(test_real.saves_when_asked, 'train.py', path={str(state)!r})"
+    setup = "import signal, real, test_real; signal.signal(signal.SIGTERM, real.stop)"
+    path = os.pathsep.join(sys.path)
+    process = subprocess.Popen([sys.executable, "-c", f"{setup}; {call}"], env=os.environ | {"PYTHONPATH": path})
+    try:
+        while not state.exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
+    assert state.read_text() == "saved"
 
 
 def test_without_reasoning_gym(small, monkeypatch):
