@@ -158,6 +158,21 @@ def tensors(student, optimizer):
     return found
 
 
+FILE_BYTES = 2**28  # about how much of a process's share goes into one file
+
+
+def files_of(state):
+    """{name: number of its file, from 1}. While the writer writes a file it holds it twice more."""
+    numbers = {}
+    number, size = 1, 0
+    for name, tensor in state.items():
+        if size >= FILE_BYTES * world_size():
+            number, size = number + 1, 0
+        numbers[name] = number
+        size += tensor.numel() * tensor.element_size()
+    return numbers
+
+
 def save(folder, student, optimizer, step, keep):
     """Write resume/<step>/; then remove all but the newest `keep` states. Collective.
 
@@ -183,10 +198,11 @@ def save(folder, student, optimizer, step, keep):
     reshard(student)  # the optimizer's state is that of the shards
     try:
         on_process_0(clear)
-        writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        state = tensors(student, optimizer)
+        writer = HuggingFaceStorageWriter(str(aside), files_of(state), save_distributed=True)
         alone = not dist.is_initialized()
         with one_line(f"{path}: cannot be written; the states before it are untouched"):
-            dcp.save(tensors(student, optimizer), storage_writer=writer, no_dist=alone)
+            dcp.save(state, storage_writer=writer, no_dist=alone)
         files = hashes(aside)
         on_process_0(complete)
     finally:

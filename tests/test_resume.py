@@ -152,6 +152,18 @@ def test_a_sweep_goes_on_where_it_was(here, monkeypatch):
     faults.same("whole-ar", "cut")
 
 
+def test_a_state_is_cut_into_files(here, monkeypatch):
+    """The writer holds a whole file in memory: no file has more than FILE_BYTES and one tensor."""
+    with monkeypatch.context() as small:
+        small.setattr(resume, "FILE_BYTES", 2**14)
+        stop_at(5)
+    files = list(Path("runs/cut/resume/000004").glob("*.safetensors"))
+    sizes = [[tensor.nbytes for tensor in load_file(file).values()] for file in files]
+    assert len(files) > 5 and all(sum(each) <= 2**14 + max(each) for each in sizes)
+    train.main(run="cut", resume=True)
+    faults.same("whole-ar", "cut")
+
+
 def torchrun(n, *words):
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--"]
     return subprocess.run([*program, str(ROOT / "train.py"), *words], capture_output=True, text=True, timeout=300,
