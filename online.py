@@ -122,6 +122,7 @@ def pass_1(train, cfg):
     """
     parallel.start_processes(cfg)  # or each process would look on its own disk only
     resume.refuse_existing(cfg, run_folder(cfg.run))  # before the pilot's steps, not after them
+    try_rule(cfg)
     keys, bottleneck = probe(cfg) if cfg.probe else pilot(cfg)
     home = run_folder(keys["run"])
     folder = home / "selection" / cfg.rule
@@ -144,11 +145,25 @@ def pass_1(train, cfg):
     return {"selection": str(folder), "resume": True}
 
 
+def kind_of_selection(cfg):
+    """An autoregressive student drops its anchors from the loss; a diffusion student's corruption
+    always masks the yet-to-learn tokens."""
+    return "force" if read_config(local_folder(cfg.model)).is_diffusion else "keep"
+
+
+def try_rule(cfg):
+    """Raises InputError for a rule that cannot select for this student, on two tokens: before pass 1."""
+    kind = kind_of_selection(cfg)
+    recorded = {"ids": np.array([0, 1])}
+    if kind == "keep":  # of a diffusion student no entropy is recorded
+        recorded["entropy"] = np.ones(2)
+    delta = np.array([1.0, -1.0])
+    load_select().choose(cfg.rule, kind, delta, -np.ones(2), np.array([[0, 2]]), **recorded)
+
+
 def select_tokens(cfg, run, bottleneck):
     """select.py for the student of cfg, on the trajectory of `run`."""
-    # an autoregressive student drops its anchors from the loss; a diffusion student's corruption
-    # always masks the yet-to-learn tokens
-    kind = "force" if read_config(local_folder(cfg.model)).is_diffusion else "keep"
+    kind = kind_of_selection(cfg)
     made = {"run": run, "rule": cfg.rule, "kind": kind, "bottleneck": bottleneck, "show": 0}
 
     def choose():

@@ -274,6 +274,8 @@ def choose(rule, kind, delta, start, response_spans, tau=0.0, seed=0, **recorded
     rng = np.random.default_rng(seed)
     moved = RULES[rule](rose if kind == "keep" else fell, start, response_spans, rng, **more)
     if np.issubdtype(moved.dtype, np.floating):
+        if kind == "force":
+            raise InputError(f"--rule={rule}: gives weights, which only --kind=keep can use")
         return moved.astype(np.float32)  # weights say what stays, so there is nothing to turn round
     if moved.dtype != bool or moved.shape != delta.shape:
         raise InputError(
@@ -368,8 +370,6 @@ def main(**given):
         raise InputError(
             f"--rule={cfg.rule} --tau={tau:g} selects no token at all; nothing written"
         )
-    if cfg.kind == "force" and picked.dtype != bool:
-        raise InputError(f"--rule={cfg.rule}: gives weights, which only --kind=keep can use")
     # over all tokens of the data, prompts too (0), so that a batch can slice it with the same spans
     mask = np.zeros(len(train_set.tokens), dtype=picked.dtype)
     mask[response] = picked

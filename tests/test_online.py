@@ -173,6 +173,13 @@ def test_without_answers_nothing_is_sampled(graded, monkeypatch, student, kind):
     assert log("silent-pilot")[-1]["step"] == 3 and not list(Path("runs").glob("*/trajectory/*.jsonl"))
 
 
+@pytest.mark.parametrize("rule, why", [("dft", "gives weights"), ("entropy_high", "needs entropy")])
+def test_a_rule_that_a_diffusion_student_cannot_use_is_refused_before_pass_1(graded, rule, why):
+    with pytest.raises(InputError, match=f"--rule={rule}: {why}"):
+        train.main(run="masked", probe=2, rule=rule, **KEYS | dict(model="llada"))
+    assert not list(Path("runs").glob("masked*"))
+
+
 def test_a_pilot_without_a_bottleneck_is_kept_and_said(graded, monkeypatch):
     monkeypatch.setattr(online, "LOOKS", 9)
     with pytest.raises(InputError, match="by accuracy has passed in 7 steps .* nothing is selected") as error:
