@@ -123,7 +123,7 @@ def main(**given):
     final = {row["name"]: row["final"] for row in rows}
     draw(cfg, seeds, final)
     draw_probes(cfg, final)
-    show(graded(cfg, seeds), seeds)
+    show(graded(cfg, seeds, done), seeds)
     if len(seeds) > 1:
         demo.differences(rows)
     print(f"\nthe pictures: {home}/*.png ({time.time() - started:.0f} s in all, at most {peak():.1f} GiB)")
@@ -469,14 +469,15 @@ def own_answers(cfg, row, seed, base):
 # The results
 
 
-def graded(cfg, seeds):
+def graded(cfg, seeds, done):
     """Print eval.py's table of each seed -> {row: [for each problem, is the answer of each seed right]}
 
     All answers are on disk already. Rows that had another row's tokens are left out.
     """
     right = {}
     for seed in seeds:
-        trained = [f"{place(cfg)}/{seed}/{row}" for row in all_rows(cfg)[1:]]
+        finished = [row for row in all_rows(cfg)[1:] if seed in done.get(row, {})]
+        trained = [f"{place(cfg)}/{seed}/{row}" for row in finished]
         runs = [name for name in trained if run_folder(name).exists()]
         results = evaluated(cfg, seed, run=",".join(["base", *runs]))
         for name, (_, answers) in results.items():

@@ -141,6 +141,13 @@ def test_every_row_is_run_once_however_often_it_is_stopped(small, monkeypatch, c
     with pytest.raises(KeyboardInterrupt):
         real.main(**keys)
     assert list(table()["done"])[:4] == ["base", "sft", "t3s", "kinds"]
+    # a row that was stopped in the middle is no row yet
+    Path("runs/real/leg_counting/1/random").mkdir()
+    capsys.readouterr()
+    real.main(**QUICK | dict(rows="base,sft"))
+    out = capsys.readouterr().out
+    assert "leg_counting/1/kinds" in out and "leg_counting/1/random" not in out
+    Path("runs/real/leg_counting/1/random").rmdir()
     rows = real.main(**keys)
     assert [row["name"] for row in rows] == rows_run
     assert sorted(calls) == sorted([*rows_run, "random"])
