@@ -76,9 +76,10 @@ SELECTIONS = {
     "kinds-label_free": dict(rule="kinds", bottleneck="label_free"),
 }
 OWN_ANSWERS = {"own-greedy": dict(temperature=0.0), "own-correct": dict(samples=4, correct=True)}
+ROWS = ("base", "sft", "t3s", "kinds", "random", "kinds_random", "inverse", *OWN_ANSWERS)
+
 # micro-batches of 16 take no less time, and 10 GB where these take 7
 BATCHES = dict(batch_size=32, micro_batch_size=8)
-ROWS = ("base", "sft", "t3s", "kinds", "random", "kinds_random", "inverse", *OWN_ANSWERS)
 
 
 def probes(cfg):
@@ -345,7 +346,7 @@ def run_apart(main, file, **keys):
     """
     demo.announce(file, keys)
     try:
-        # a fork would share torch's threads with this process
+        # not forked: torch's threads do not survive that
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             return pool.submit(main, **keys).result()
     except BrokenProcessPool:
