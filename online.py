@@ -122,11 +122,11 @@ def pass_1(train, cfg):
     """
     parallel.start_processes(cfg)  # or each process would look on its own disk only
     resume.refuse_existing(cfg, run_folder(cfg.run))  # before the pilot's steps, not after them
-    try_rule(cfg)
     keys, bottleneck = probe(cfg) if cfg.probe else pilot(cfg)
     home = run_folder(keys["run"])
     folder = home / "selection" / cfg.rule
     if not parallel.exists(folder / "mask.npy"):
+        try_rule(cfg)
         # an ordinary run: one that was killed is resumed
         train(**{**asdict(cfg), **keys, "probe": 0, "online": "false", "rule": "t3s", "resume": True})
         if keys["watch"]:
